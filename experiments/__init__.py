@@ -1,0 +1,1 @@
+"""Measurements that anyone can run again: `kvjax experiment NAME`, or `python -m experiments.run NAME`."""

@@ -1,0 +1,157 @@
+"""What every cache is: a strategy (settings) that makes a `Cache` (a pytree of layers)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.attention import Mask
+from kvjax.config import ModelConfig
+from kvjax.pytree import pytree, static
+
+if TYPE_CHECKING:
+    from kvjax.model import Transformer
+
+
+@runtime_checkable
+class LayerCache(Protocol):
+    """One layer's keys and values, however they are stored. A pytree; every method returns a new one."""
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens a row can hold, or None if older ones make room."""
+
+    def attend(
+        self,
+        q: Float[Array, "batch width heads head_dim"],
+        k: Float[Array, "batch width kv_heads head_dim"],
+        v: Float[Array, "batch width kv_heads head_dim"],
+        positions: Int[Array, "batch width"],
+        valid: Bool[Array, "batch width"],
+        mask: Mask,
+    ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"], LayerCache]:
+        """Take in new tokens and attend their queries to all that is kept, themselves included.
+
+        Only tokens with `valid` are kept; `positions` of a row are consecutive. Returns `out`, the
+        log-sum-exp of each query's logits in float32 nats, and the layer that holds the new tokens.
+        """
+        ...
+
+    def fork(self, rows: Int[Array, "new_batch"]) -> LayerCache:
+        """The layer whose row `i` is this one's row `rows[i]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The sizes that one layer's cache is made for. `capacity` is in tokens a row."""
+
+    batch: int
+    capacity: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    dtype: str
+
+    def zeros(self, slots: int) -> Float[Array, "rows slots head_dim"]:
+        return jnp.zeros((self.batch * self.kv_heads, slots, self.head_dim), self.dtype)
+
+
+@pytree
+class Cache:
+    """Keys and values of a batch of sequences, as a pytree that goes through jitted functions.
+
+    `length` counts the tokens each row has taken in, which is also its next position.
+    `config` and `strategy` are static: they say which model it serves and how it was made.
+    """
+
+    layers: tuple[Any, ...]
+    length: Int[Array, "batch"]
+    config: ModelConfig = static()
+    strategy: Strategy = static()
+
+    @property
+    def batch(self) -> int:
+        return self.length.shape[0]
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens a row can take in, or None if there is no bound."""
+        limits = [layer.limit for layer in self.layers if layer.limit is not None]
+        if self.config.rope is None:
+            limits.append(self.config.max_positions)
+        return min(limits, default=None)
+
+    def overflows(self, lengths: Int[Array, "batch"]) -> Bool[Array, "batch"]:
+        """Which rows have no room for `lengths` more tokens."""
+        if self.capacity is None:
+            return jnp.zeros(self.batch, bool)
+        return self.length + lengths > self.capacity
+
+    def advanced(self, layers: tuple[Any, ...], lengths: Int[Array, "batch"]) -> Cache:
+        """The cache after `lengths` more tokens a row, with the layers that hold them."""
+        return replace(self, layers=layers, length=self.length + lengths)
+
+
+class Strategy:
+    """How keys and values are kept. Subclasses are frozen dataclasses that say how one layer is made."""
+
+    def layer(self, spec: LayerSpec) -> LayerCache:
+        raise NotImplementedError(f"{type(self).__name__} must define `layer`")
+
+    def init(self, model: Transformer, *, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens.
+
+        Raises:
+            ValueError: if a size is below 1, or the model has fewer learned positions than `capacity`.
+        """
+        for name, value in (("batch", batch), ("capacity", capacity)):
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}.init: `{name}` must be at least 1, got {value}")
+        c = model.config
+        if c.rope is None and capacity > c.max_positions:
+            raise ValueError(
+                f"{type(self).__name__}.init: `capacity` must be at most the model's {c.max_positions} "
+                f"learned positions, got {capacity}"
+            )
+        specs = [
+            LayerSpec(batch, capacity, c.kv_heads, c.head_dim, window, model.precision.cache)
+            for window in c.windows
+        ]
+        layers = tuple(self.layer(spec) for spec in specs)
+        return Cache(layers, jnp.zeros(batch, jnp.int32), c, self)
+
+    def shapes(self, model: Transformer, *, batch: int, capacity: int) -> Cache:
+        """What `init` would return, as `jax.ShapeDtypeStruct`s: `nbytes` of it costs no memory."""
+        return jax.eval_shape(lambda: self.init(model, batch=batch, capacity=capacity))
+
+
+def nbytes(tree: Any) -> int:
+    """Exact bytes of every array in a pytree; shapes without data (`Strategy.shapes`) count the same."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def fork(cache: Cache, rows: Int[Array, "new_batch"]) -> Cache:
+    """A cache whose row `i` continues row `rows[i]`: copies for parallel samples, or a new order.
+
+    Source rows may repeat or be left out. Rows outside the batch raise no error inside jit: they are clipped.
+    """
+    layers = tuple(layer.fork(rows) for layer in cache.layers)
+    return replace(cache, layers=layers, length=jnp.take(cache.length, rows, axis=0, mode="clip"))
+
+
+def check(cache: Cache, model: Transformer, batch: int, where: str) -> None:
+    """Raise ValueError, while tracing, if `cache` was made for another model or batch."""
+    if cache.config != model.config:
+        ours, theirs = model.config, cache.config
+        differing = [name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)]
+        raise ValueError(
+            f"{where}: `cache` was made for another model: its {', '.join(differing)} differ "
+            f"(expected {[getattr(ours, n) for n in differing]}, got {[getattr(theirs, n) for n in differing]})"
+        )
+    if cache.batch != batch:
+        raise ValueError(f"{where}: `cache` holds {cache.batch} rows, but the tokens have {batch}")

@@ -1,0 +1,54 @@
+"""Keep everything, in the cache's own dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache.attention import Mask, attend, by_head
+from kvjax.cache.base import LayerSpec, Strategy
+from kvjax.cache.slots import take_rows, write
+from kvjax.pytree import pytree
+
+
+@pytree
+class DenseLayer:
+    """Slot `i` of a row holds its token `i`; `positions` is -1 where nothing is held yet."""
+
+    k: Float[Array, "rows slots head_dim"]
+    v: Float[Array, "rows slots head_dim"]
+    positions: Int[Array, "batch slots"]
+
+    @property
+    def limit(self) -> int:
+        return self.positions.shape[1]
+
+    def attend(self, q, k, v, positions, valid, mask: Mask):
+        start = positions[:, 0]
+        layer = replace(
+            self,
+            k=write(self.k, by_head(k).astype(self.k.dtype), start, valid),
+            v=write(self.v, by_head(v).astype(self.v.dtype), start, valid),
+            positions=write(self.positions, positions, start, valid),
+        )
+        return *attend(q, layer.k, layer.v, positions, layer.positions, mask), layer
+
+    def fork(self, rows: Int[Array, "new_batch"]) -> DenseLayer:
+        batch = self.positions.shape[0]
+        return jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), self)
+
+
+@dataclass(frozen=True)
+class Dense(Strategy):
+    """Every token's keys and values, unchanged; `dtype` overrides the model's cache dtype."""
+
+    dtype: str | None = None
+
+    def layer(self, spec: LayerSpec) -> DenseLayer:
+        if self.dtype is not None:
+            spec = replace(spec, dtype=self.dtype)
+        empty = jnp.full((spec.batch, spec.capacity), -1, jnp.int32)
+        return DenseLayer(spec.zeros(spec.capacity), spec.zeros(spec.capacity), empty)

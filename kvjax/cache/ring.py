@@ -1,0 +1,109 @@
+"""Keep a recent window and the first few tokens, in a ring that never shifts.
+
+Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"
+(arXiv:2309.17453); positions stay absolute here, so a windowed model is served exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.attention import Mask, attend, by_head, merge
+from kvjax.cache.base import LayerSpec, Strategy
+from kvjax.cache.dense import Dense, DenseLayer
+from kvjax.cache.slots import take_rows, write
+from kvjax.pytree import pytree, static
+
+
+@pytree
+class RingLayer:
+    """Slots `0 … sinks - 1` hold the first tokens, the other `window` slots the newest, by turns."""
+
+    k: Float[Array, "rows slots head_dim"]
+    v: Float[Array, "rows slots head_dim"]
+    positions: Int[Array, "batch slots"]
+    sinks: int = static()
+
+    @property
+    def limit(self) -> None:
+        return None
+
+    @property
+    def window(self) -> int:
+        return self.positions.shape[1] - self.sinks
+
+    def attend(self, q, k, v, positions, valid, mask: Mask):
+        window = self.window if mask.window is None else min(mask.window, self.window)
+        mask = replace(mask, window=window, sinks=self.sinks)
+        k, v = by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
+        if q.shape[1] == 1:  # the slot that is overwritten has just left the window
+            layer = self._append_one(k, v, positions, valid)
+            return *attend(q, layer.k, layer.v, positions, layer.positions, mask), layer
+        kept = attend(q, self.k, self.v, positions, self.positions, mask)
+        fresh = attend(q, k, v, positions, jnp.where(valid, positions, -1), mask)
+        return *merge(kept, fresh), self._append(k, v, positions, valid)
+
+    def fork(self, rows: Int[Array, "new_batch"]) -> RingLayer:
+        batch = self.positions.shape[0]
+        return jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), self)
+
+    def _append_one(self, k, v, positions, valid) -> RingLayer:
+        at = positions[:, 0]
+        slot = jnp.where(at < self.sinks, at, self.sinks + (at - self.sinks) % self.window)
+        return replace(
+            self,
+            k=write(self.k, k, slot, valid),
+            v=write(self.v, v, slot, valid),
+            positions=write(self.positions, positions, slot, valid),
+        )
+
+    def _append(self, k, v, positions, valid: Bool[Array, "batch width"]) -> RingLayer:
+        """Give each slot the newest of the chunk's tokens that falls to it, if one does."""
+        start, width = positions[:, :1], positions.shape[1]
+        end = start + valid.sum(1, keepdims=True)
+        slot = jnp.arange(self.positions.shape[1])[None]
+        newest = end - 1 - (end - 1 - slot) % self.window
+        source = jnp.where(slot < self.sinks, slot, newest)
+        taken = (source >= start) & (source < end) & ((slot < self.sinks) | (source >= self.sinks))
+        index = jnp.clip(source - start, 0, width - 1)
+
+        def blend(old, new):
+            each = old.shape[0] // index.shape[0]
+            where, at = (jnp.repeat(x, each, axis=0)[..., None] for x in (taken, index))
+            return jnp.where(where, jnp.take_along_axis(new, at, axis=1), old)
+
+        return replace(
+            self, k=blend(self.k, k), v=blend(self.v, v), positions=jnp.where(taken, source, self.positions)
+        )
+
+
+@dataclass(frozen=True)
+class Ring(Strategy):
+    """The last `window` tokens and the first `sinks`; rows may grow without end.
+
+    With `window=None` each layer keeps its model's own sliding window, and a layer without one keeps
+    everything up to the capacity: nothing is lost. A window larger than the capacity needs no ring.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"Ring: `window` must be at least 1 token, got {self.window}")
+        if self.sinks < 0:
+            raise ValueError(f"Ring: `sinks` must not be negative, got {self.sinks}")
+
+    def layer(self, spec: LayerSpec) -> RingLayer | DenseLayer:
+        window = spec.window if self.window is None else self.window
+        if window is None or window + self.sinks >= spec.capacity:
+            return Dense(self.dtype).layer(spec)
+        spec = replace(spec, dtype=self.dtype or spec.dtype)
+        slots = self.sinks + window
+        empty = jnp.full((spec.batch, slots), -1, jnp.int32)
+        return RingLayer(spec.zeros(slots), spec.zeros(slots), empty, self.sinks)

@@ -1,0 +1,158 @@
+"""How a row's next token is chosen: settings on the host, and the same as arrays a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from kvjax.decode.stops import Automaton, compile_stops
+from kvjax.pytree import pytree
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of one row. The defaults are greedy decoding without an end.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the `k` most likely tokens (ties with the last are kept too); 0 keeps all.
+        top_p: keep the most likely tokens until their mass reaches `p`, in (0, 1] (arXiv:1904.09751).
+        min_p: keep tokens at least `min_p` times as likely as the best, in [0, 1] (arXiv:2407.01082).
+        repetition: divides positive and multiplies negative logits of tokens in the prompt or the output
+            so far, above 0; 1 changes nothing (arXiv:1909.05858).
+        presence: subtracted from the logit of each token in the output so far.
+        frequency: subtracted once for each time a token is in the output so far.
+        bias: added to the logits of these token ids.
+        banned: token ids that are never chosen.
+        forced: the first tokens of the output, whatever their probability.
+        stop: token ids that end the row; the one met is part of the output.
+        stop_strings: texts that end the row once the output holds one; needs `tokenizer` in the call.
+        seed: stands for the row's index in its random stream, so that a row draws the same in any place.
+        limit: at most this many tokens for the row; None leaves it to the call's `max_new`.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
+    banned: Sequence[int] = ()
+    forced: Sequence[int] = ()
+    stop: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
+    seed: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self):
+        def need(good: bool, name: str, expected: str):
+            if not good:
+                raise ValueError(f"Sampling: `{name}` must be {expected}, got {getattr(self, name)!r}")
+
+        need(0 <= self.temperature < float("inf"), "temperature", "finite and at least 0")
+        need(self.top_k >= 0, "top_k", "at least 0")
+        need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        need(0 < self.repetition < float("inf"), "repetition", "finite and above 0")
+        need(math.isfinite(self.presence), "presence", "finite")
+        need(math.isfinite(self.frequency), "frequency", "finite")
+        need(not any(math.isnan(value) for value in self.bias.values()), "bias", "free of NaN")
+        need(not isinstance(self.stop_strings, str), "stop_strings", "a sequence of texts, not one text")
+        need(all(self.stop_strings), "stop_strings", "free of empty texts")
+        need(self.seed is None or 0 <= self.seed < 2**32, "seed", "None or in [0, 2**32)")
+        need(self.limit is None or self.limit >= 1, "limit", "None or at least 1")
+
+
+GREEDY = Sampling()
+"""The most likely token each time, up to the call's `max_new`."""
+
+
+@pytree
+class Rules:
+    """`Sampling` for a batch: every setting is an array with one row each, so that none costs a compile.
+
+    Id lists are padded with -1, and their widths to powers of two.
+    """
+
+    temperature: Float[Array, "batch"]
+    top_k: Int[Array, "batch"]
+    top_p: Float[Array, "batch"]
+    min_p: Float[Array, "batch"]
+    repetition: Float[Array, "batch"]
+    presence: Float[Array, "batch"]
+    frequency: Float[Array, "batch"]
+    bias_ids: Int[Array, "batch biases"]
+    bias: Float[Array, "batch biases"]
+    forced: Int[Array, "batch forced"]
+    stop: Int[Array, "batch stops"]
+    strings: UInt32[Array, "batch"]
+    limit: Int[Array, "batch"]
+    keys: Key[Array, "batch"]
+    automaton: Automaton
+
+
+def rules(
+    sampling: Sampling | Sequence[Sampling],
+    *,
+    batch: int,
+    vocab: int,
+    max_new: int,
+    key: Key[Array, ""] | None = None,
+    tokenizer=None,
+) -> Rules:
+    """Arrays for a batch, from one setting for all rows or one for each.
+
+    Raises:
+        ValueError: for another number of settings than rows, an id outside the vocabulary, a row that
+            samples without a `key`, or stop strings without a tokenizer.
+    """
+    rows = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+    if len(rows) != batch:
+        raise ValueError(f"Sampling: expected one setting or {batch}, one a row, got {len(rows)}")
+    if key is None and any(row.temperature > 0 for row in rows):
+        raise ValueError("Sampling: a row with a temperature above 0 needs `key`, e.g. key=jax.random.key(0)")
+    for name in ("bias", "banned", "forced", "stop"):
+        for ids in (getattr(row, name) for row in rows):
+            wrong = [i for i in ids if not 0 <= i < vocab]
+            if wrong:
+                raise ValueError(f"Sampling: `{name}` ids must be in [0, {vocab}), got {wrong}")
+
+    def leaf(name: str, dtype=np.float32):
+        return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
+
+    biases = [{**row.bias, **dict.fromkeys(row.banned, -np.inf)} for row in rows]
+    strings, automaton = compile_stops([row.stop_strings for row in rows], vocab, tokenizer)
+    seeds = np.array([i if row.seed is None else row.seed for i, row in enumerate(rows)], np.uint32)
+    root = jax.random.key(0) if key is None else key
+    return Rules(
+        **{name: leaf(name) for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")},
+        top_k=leaf("top_k", np.int32),
+        bias_ids=_padded([list(b) for b in biases], -1, np.int32),
+        bias=_padded([list(b.values()) for b in biases], 0.0, np.float32),
+        forced=_padded([row.forced for row in rows], -1, np.int32),
+        stop=_padded([row.stop for row in rows], -1, np.int32),
+        strings=jnp.asarray(strings),
+        limit=jnp.asarray(np.array([min(row.limit or max_new, max_new) for row in rows], np.int32)),
+        keys=jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.asarray(seeds)),
+        automaton=automaton,
+    )
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _padded(rows: Sequence[Sequence[float | int]], fill: float | int, dtype) -> Array:
+    table = np.full((len(rows), power_of_two(max(map(len, rows)))), fill, dtype)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return jnp.asarray(table)

@@ -1,0 +1,155 @@
+"""Decoding as a value: everything a half-finished generation is, and the compiled loop that moves it on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.base import Cache
+from kvjax.decode.choose import choose
+from kvjax.decode.sampling import Rules
+from kvjax.model import Params, Transformer, cached
+from kvjax.pytree import pytree
+
+RUNNING, LIMIT, STOP_TOKEN, STOP_STRING, NOT_FINITE = range(5)
+REASONS = ("running", "limit", "stop token", "stop string", "not finite")
+"""Why a row ended, by its number in `State.reason`."""
+
+
+@pytree
+class State:
+    """A generation under way. The cache holds every token but each row's newest, `pending`.
+
+    `tokens` and `logprobs` fill from the left, -1 and 0 past a row's `lengths`; `logprobs` are of the
+    model's own distribution, before penalties and filters, in nats. `step` counts tokens a row could have.
+    """
+
+    cache: Cache
+    pending: Int[Array, "batch"]
+    tokens: Int[Array, "batch new"]
+    logprobs: Float[Array, "batch new"]
+    lengths: Int[Array, "batch"]
+    reason: Int[Array, "batch"]
+    step: Int[Array, ""]
+    seen: Bool[Array, "batch vocab"]
+    counts: Int[Array, "batch vocab"]
+    matched: Int[Array, "batch"]
+
+    @property
+    def running(self) -> Bool[Array, "batch"]:
+        return self.reason == RUNNING
+
+
+def begin(cache: Cache, pending: Int[Array, "batch"], seen: Bool[Array, "batch vocab"], new: int) -> State:
+    """A state with no token generated yet and room for `new` a row; `seen` marks the prompt's tokens."""
+    batch = seen.shape[0]
+    zeros = partial(jnp.zeros, dtype=jnp.int32)
+    return State(
+        cache=cache,
+        pending=pending,
+        tokens=jnp.full((batch, new), -1, jnp.int32),
+        logprobs=jnp.zeros((batch, new), jnp.float32),
+        lengths=zeros(batch),
+        reason=zeros(batch),
+        step=zeros(()),
+        seen=seen,
+        counts=zeros(seen.shape),
+        matched=zeros(batch),
+    )
+
+
+def emit(state: State, rules: Rules, logits: Float[Array, "batch vocab"]) -> State:
+    """Choose a token for each running row from the logits after its last one, and end rows that are done.
+
+    A row whose logits are not all finite ends without a token.
+    """
+    logits = logits.astype(jnp.float32)
+    finite = jnp.isfinite(logits).all(-1)
+    active = state.running & finite
+    token = choose(logits, rules, state.cache.length, state.step, state.seen, state.counts)
+    logprob = jnp.take_along_axis(logits, token[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+    def column(table, value):
+        at = (jnp.int32(0), state.step)
+        old = jax.lax.dynamic_slice(table, at, (table.shape[0], 1))
+        return jax.lax.dynamic_update_slice(table, jnp.where(active[:, None], value[:, None], old), at)
+
+    rows = jnp.arange(token.shape[0])
+    lengths = state.lengths + active.astype(jnp.int32)
+    matched, met = _follow(state.matched, rules, token)
+    reason = jnp.where(lengths >= rules.limit, LIMIT, RUNNING)
+    reason = jnp.where(met, STOP_STRING, reason)
+    reason = jnp.where((token[:, None] == rules.stop).any(-1), STOP_TOKEN, reason)
+    return replace(
+        state,
+        pending=jnp.where(active, token, state.pending),
+        tokens=column(state.tokens, token),
+        logprobs=column(state.logprobs, logprob),
+        lengths=lengths,
+        reason=jnp.where(state.running, jnp.where(finite, reason, NOT_FINITE), state.reason),
+        step=state.step + 1,
+        seen=state.seen.at[rows, token].max(active),
+        counts=state.counts.at[rows, token].add(active.astype(jnp.int32)),
+        matched=jnp.where(active, matched, state.matched),
+    )
+
+
+def advance(model: Transformer, params: Params, state: State, rules: Rules, steps: Int[Array, ""] | int) -> State:
+    """Feed each row its pending token and choose the next, up to `steps` times, until all rows have ended.
+
+    One compiled `while_loop`; `state` is donated. A row that has ended changes nothing any more.
+    """
+    return _advance(model, params, state, rules, jnp.asarray(steps, jnp.int32))[0]
+
+
+def step(
+    model: Transformer, params: Params, state: State, rules: Rules
+) -> tuple[State, Int[Array, "batch"], Float[Array, "batch"], Int[Array, "batch"]]:
+    """One turn of `advance`'s loop, by the same program; also the new tokens, their logprobs and the reasons.
+
+    A row that had already ended gives -1. These three outlive the state's next donation.
+    """
+    return _advance(model, params, state, rules, jnp.int32(1))
+
+
+@partial(jax.jit, donate_argnames="state")
+def first(state: State, rules: Rules, logits: Float[Array, "batch vocab"]):
+    """Choose the first tokens, from the prompt's logits; returns what `step` does."""
+    return _report(emit(state, rules, logits), state.step)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _advance(model, params, state: State, rules: Rules, steps):
+    begun = state.step
+
+    def unfinished(state: State):
+        return state.running.any() & (state.step < begun + steps)
+
+    def body(state: State):
+        lengths = state.running.astype(jnp.int32)
+        logits, cache = cached(model, params, state.pending[:, None], lengths, state.cache)
+        return emit(replace(state, cache=cache), rules, logits)
+
+    return _report(jax.lax.while_loop(unfinished, body, state), begun)
+
+
+def _report(state: State, begun: Int[Array, ""]):
+    """The state, and copies of the column written last, -1 if none was since `begun`."""
+    at = jnp.maximum(state.step - 1, 0)
+    token, logprob = (
+        jax.lax.dynamic_index_in_dim(x, at, 1, keepdims=False) for x in (state.tokens, state.logprobs)
+    )
+    fresh = state.step > begun
+    return state, jnp.where(fresh, token, -1), jnp.where(fresh, logprob, 0.0), state.reason + 0
+
+
+def _follow(matched: Int[Array, "batch"], rules: Rules, token: Int[Array, "batch"]):
+    """Run each row's stop-string automaton over its new token."""
+    if rules.automaton.next.shape[0] == 0:
+        return matched, jnp.zeros(matched.shape, bool)
+    hits = rules.automaton.hits[matched, token]
+    return rules.automaton.next[matched, token], (hits & rules.strings) != 0

@@ -1,0 +1,226 @@
+"""The transformer: one Flax module for every family, cache in and cache out.
+
+Parameters are a plain pytree, `{"embed", "layers": (…), "norm", …}`, with one entry of the tuple a
+layer. Kernels are stored `[out, in]`, as checkpoints have them; QKV and gate-up are fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.attention import Mask, attend, by_head
+from kvjax.cache.base import Cache, LayerCache
+from kvjax.config import ModelConfig, Precision
+from kvjax.rope import rotate
+
+Params = Any
+"""A pytree of arrays as `init_params` lays it out."""
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Linear(nn.Module):
+    """`x @ kernel.T + bias`, in the compute dtype."""
+
+    features: int
+    bias: bool
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch width inputs"]) -> Float[Array, "batch width outputs"]:
+        dtype = jnp.dtype(self.precision.compute)
+        shape = (self.features, x.shape[-1])
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.precision.params)
+        y = _product(x.astype(dtype), kernel.astype(dtype))
+        if not self.bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.precision.params)
+        return y + bias.astype(dtype)[None, None]
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm, over the last axis, computed in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        wide = x.astype(jnp.float32)
+        ones = (1,) * (x.ndim - 1)
+        if self.config.norm == "layer":
+            wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.norm_eps)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        wide = wide * scale.reshape(*ones, -1)
+        if self.config.norm == "layer":
+            wide = wide + self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32).reshape(*ones, -1)
+        return wide.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP with their residuals; the layer's cache answers the attention."""
+
+    config: ModelConfig
+    precision: Precision
+    window: int | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch width hidden"],
+        positions: Int[Array, "batch width"],
+        valid: Bool[Array, "batch width"],
+        layer: LayerCache | None,
+    ) -> tuple[Float[Array, "batch width hidden"], LayerCache | None]:
+        c = self.config
+        out, layer = self._attention(Norm(c, name="attention_norm")(x), positions, valid, layer)
+        x = x + (Norm(c, name="post_attention_norm")(out) if c.post_norms else out)
+        out = self._mlp(Norm(c, name="mlp_norm")(x))
+        return x + (Norm(c, name="post_mlp_norm")(out) if c.post_norms else out), layer
+
+    def _attention(self, x, positions, valid, layer):
+        c, (batch, width, _) = self.config, x.shape
+        q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        qkv = Linear(q_size + 2 * kv_size, c.qkv_bias, self.precision, name="qkv")(x)
+        q, k, v = jnp.split(qkv, (q_size, q_size + kv_size), axis=-1)
+        q = q.reshape(batch, width, c.heads, c.head_dim)
+        k = k.reshape(batch, width, c.kv_heads, c.head_dim)
+        v = v.reshape(batch, width, c.kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = Norm(c, name="q_norm")(q), Norm(c, name="k_norm")(k)
+        if c.rope is not None:
+            q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        mask = Mask(scale, self.window, softcap=c.attention_softcap)
+        if layer is None:
+            slots = jnp.where(valid, positions, -1)
+            out, _ = attend(q, by_head(k), by_head(v), positions, slots, mask)
+        else:
+            out, _, layer = layer.attend(q, k, v, positions, valid, mask)
+        out = out.reshape(batch, width, q_size)
+        return Linear(c.hidden, c.out_bias, self.precision, name="out")(out), layer
+
+    def _mlp(self, x):
+        c = self.config
+        act = _ACTIVATIONS[c.activation]
+        if c.gated:
+            gate_up = Linear(2 * c.intermediate, c.mlp_bias, self.precision, name="gate_up")(x)
+            gate, up = jnp.split(gate_up, 2, axis=-1)
+            inner = act(gate) * up
+        else:
+            inner = act(Linear(c.intermediate, c.mlp_bias, self.precision, name="up")(x))
+        return Linear(c.hidden, c.mlp_bias, self.precision, name="down")(inner)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model: static and hashable, so it is a static argument of `jit`.
+
+    Call it through `kvjax.forward`, `kvjax.prefill` and `kvjax.decode_step`, or directly:
+    `model.apply({"params": params}, tokens, lengths, cache)`.
+    """
+
+    config: ModelConfig
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch width"],
+        lengths: Int[Array, "batch"] | None = None,
+        cache: Cache | None = None,
+        *,
+        last: bool = False,
+    ) -> tuple[Float[Array, "batch width vocab"] | Float[Array, "batch vocab"], Cache | None]:
+        """Score the next token after each position.
+
+        Args:
+            tokens: right-padded token ids. An id outside the vocabulary gives NaN logits for its row.
+            lengths: real tokens a row, `0 <= lengths <= width`; all of them if None.
+            cache: what came before; the row continues at `cache.length`. None starts at 0 and keeps nothing.
+            last: score only each row's last real token, which saves most of the head's work.
+        Returns:
+            Logits in `precision.logits` (`[batch, vocab]` if `last`), NaN in a row that outgrew its cache, and
+            the cache holding the new tokens.
+        """
+        c, p = self.config, self.precision
+        batch, width = tokens.shape
+        lengths = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
+        offset = jnp.arange(width, dtype=jnp.int32)[None]
+        positions, valid = start[:, None] + offset, offset < lengths[:, None]
+
+        embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab, c.hidden), p.params)
+        x = jnp.take(embed, tokens, axis=0).astype(p.compute)
+        if c.embed_scale != 1.0:
+            x = x * jnp.asarray(c.embed_scale, p.compute)
+        if c.rope is None:
+            shape = (c.max_positions, c.hidden)
+            table = self.param("positions", nn.initializers.normal(0.02), shape, p.params)
+            x = x + jnp.take(table, positions, axis=0, mode="clip").astype(p.compute)
+
+        blocks = [Block(c, p, window, parent=None) for window in c.windows]
+        params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)
+        layers: list[LayerCache | None] = [None] * c.layers if cache is None else list(cache.layers)
+        for i, block in enumerate(blocks):
+            x, layers[i] = cast(
+                "tuple[Array, LayerCache]", block.apply({"params": params[i]}, x, positions, valid, layers[i])
+            )
+
+        if last:
+            x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        x = Norm(c, name="norm")(x)
+        head = embed if c.tied else self.param("head", nn.initializers.normal(0.02), embed.shape, p.params)
+        logits = _product(x, head.astype(p.compute)).astype(p.logits)
+        if c.logit_softcap is not None:
+            logits = jnp.tanh(logits / c.logit_softcap) * c.logit_softcap
+        if last:
+            logits = logits[:, 0]
+        if cache is None:
+            return logits, None
+        full = cache.overflows(lengths).reshape(batch, *(1,) * (logits.ndim - 1))
+        return jnp.where(full, jnp.nan, logits), cache.advanced(tuple(layers), lengths)
+
+
+def cached(
+    model: Transformer,
+    params: Params,
+    tokens: Int[Array, "batch width"],
+    lengths: Int[Array, "batch"] | None,
+    cache: Cache,
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Take in `lengths` tokens a row and score what follows each row's last: the step inside every decoder."""
+    out = model.apply({"params": params}, tokens, lengths, cache, last=True)
+    return cast("tuple[Array, Cache]", out)
+
+
+def init_params(model: Transformer, key: Array) -> Params:
+    """Random parameters of the model's shape: normal(0, 0.02) kernels, unit norms."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def param_shapes(model: Transformer) -> Params:
+    """The tree that `model` takes, as `jax.ShapeDtypeStruct`s; allocates nothing."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def _init_layers(key, blocks, shape, dtype):
+    """A tuple of layer params; Flax treats whatever an initializer returns as one parameter."""
+    x, at = jnp.zeros(shape, dtype), jnp.zeros(shape[:2], jnp.int32)
+    keys = jax.random.split(key, len(blocks))
+    return tuple(
+        block.init(k, x, at, at == 0, None)["params"] for block, k in zip(blocks, keys, strict=True)
+    )
+
+
+def _product(x: Float[Array, "batch width inputs"], kernel: Float[Array, "outputs inputs"]):
+    return jax.lax.dot_general(x, kernel, (((2,), (1,)), ((), ())))
+

@@ -1,0 +1,1 @@
+"""What the commands show and ask: used by `kvjax.cli` only."""

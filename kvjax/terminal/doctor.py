@@ -1,0 +1,170 @@
+"""`kvjax doctor`: what is here, what is missing, and the line that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from kvjax.paths import cache_dir
+from kvjax.terminal.status import size
+from kvjax.version import __version__
+
+NEEDED = {
+    "jax": "jax",
+    "jaxlib": "jaxlib",
+    "flax": "flax",
+    "numpy": "numpy",
+    "jaxtyping": "jaxtyping",
+    "gguf": "gguf",
+    "safetensors": "safetensors",
+    "tokenizers": "tokenizers",
+    "jinja2": "jinja2",
+    "orbax-checkpoint": "orbax.checkpoint",
+    "huggingface-hub": "huggingface_hub",
+    "pyyaml": "yaml",
+    "rich": "rich",
+    "tyro": "tyro",
+}
+"""Distributions of the base install, and the module each is imported as."""
+
+OPTIONAL = {
+    "pytest": "pip install -e '.[test]'",
+    "beartype": "pip install -e '.[test]'",
+    "hypothesis": "pip install -e '.[test]'",
+    "torch": "pip install -e '.[peers]'",
+    "transformers": "pip install -e '.[peers]'",
+    "llama-cpp-python": "pip install -e '.[peers]'",
+}
+"""Distributions that some part needs, and the line that brings them."""
+
+
+def run(as_json: bool) -> int:
+    """Print the examination; 0 if the main job can run, 1 otherwise."""
+    found = examine()
+    print(json.dumps(found, indent=2) if as_json else as_text(found))
+    return 0 if found["ok"] else 1
+
+
+def examine() -> dict:
+    """Everything `doctor` says, as plain data."""
+    versions = {"kvjax": __version__, "python": platform.python_version(), **{name: version(name) for name in NEEDED}}
+    missing = {
+        name: f"pip install {name}" for name, module in NEEDED.items() if not _importable(module)
+    }
+    devices, trouble = _devices() if "jax" not in missing and "jaxlib" not in missing else ([], None)
+    if trouble:
+        missing["a device"] = f"JAX cannot start: {trouble}"
+    kernels = _kernels()
+    if kernels["shadowed_by"]:
+        missing["kernels"] = (
+            f"{kernels['shadowed_by']} hides kvjax's own module `kernels`: pip uninstall kernels, and install kvjax again"
+        )
+    model = cache_dir() / "models"
+    names = sorted(path.name for path in model.glob("*.gguf")) if model.is_dir() else []
+    return {
+        "ok": not missing,
+        "versions": versions,
+        "optional": {name: version(name) for name in OPTIONAL},
+        "devices": devices,
+        "cache_folder": {"path": str(cache_dir()), "bytes": folder_bytes(cache_dir()), "writable": writable(cache_dir())},
+        "default_model": names,
+        "compile_cache": _compile_cache(),
+        "kernels": kernels,
+        "missing": missing,
+        "installs": {name: line for name, line in OPTIONAL.items() if version(name) is None},
+    }
+
+
+def as_text(found: dict) -> str:
+    """The same for a person."""
+    folder, compiled, kernels = found["cache_folder"], found["compile_cache"], found["kernels"]
+    lines = ["versions"]
+    lines += [f"  {name:<18}{value or 'missing'}" for name, value in found["versions"].items()]
+    lines += ["optional"]
+    lines += [f"  {name:<18}{value or 'not installed'}" for name, value in found["optional"].items()]
+    lines += [
+        "machine",
+        f"  {'devices':<18}{', '.join(found['devices']) or 'none'}",
+        f"  {'cache folder':<18}{folder['path']} ({size(folder['bytes'])}{'' if folder['writable'] else ', not writable'})",
+        f"  {'default model':<18}{', '.join(found['default_model']) or 'not fetched yet: the first use does (93 MB)'}",
+        f"  {'compiled programs':<18}{compiled['path'] or 'in memory only'}"
+        + ("" if compiled["writable"] or not compiled["path"] else " (not writable: every start compiles)"),
+        f"  {'kernels':<18}{kernels['version'] or 'missing'} at {kernels['path']}",
+    ]
+    lines += [f"missing: {name}. {line}" for name, line in found["missing"].items()]
+    lines += [f"for more: {line}" for line in dict.fromkeys(found["installs"].values())]
+    lines += ["the main job can run" if found["ok"] else "the main job cannot run"]
+    return "\n".join(lines)
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below; 0 if it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def writable(folder: Path) -> bool:
+    """Whether a file can be made there, now or once its missing parents are made; tried, not asked."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _devices() -> tuple[list[str], str | None]:
+    try:
+        import jax
+
+        return [f"{device.device_kind} ({device.platform} {device.id})" for device in jax.devices()], None
+    except (RuntimeError, ImportError) as error:
+        return [], str(error).splitlines()[0]
+
+
+def _compile_cache() -> dict:
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if os.environ.get("KVJAX_COMPILE_CACHE") == "0" and not chosen:
+        return {"path": None, "writable": False}
+    path = Path(chosen) if chosen else cache_dir() / "compiled"
+    return {"path": str(path), "writable": writable(path)}
+
+
+def _kernels() -> dict:
+    """Which module `kernels` this Python imports; ours says so in its docstring and has a `reference`."""
+    try:
+        import kernels
+
+        path, named = str(kernels.__file__), getattr(kernels, "__version__", None)
+        ours = importlib.util.find_spec("kernels.reference") is not None
+    except ImportError as error:
+        return {"path": None, "version": None, "shadowed_by": None, "error": str(error)}
+    other = version("kernels")
+    return {
+        "path": path,
+        "version": named,
+        "shadowed_by": None if ours else path,
+        "other_distribution": None if other is None else f"kernels {other}",
+    }
+
+

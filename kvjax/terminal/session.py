@@ -1,0 +1,137 @@
+"""From a command's settings to a loaded model, a prompt's tokens and an empty cache."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import kvjax
+from kvjax.cache import STRATEGIES, Cache, Strategy
+from kvjax.cli import Choice, Where
+from kvjax.compiler import persist
+from kvjax.decode import Sampling
+from kvjax.model import Params, Transformer
+from kvjax.paths import cache_dir
+from kvjax.terminal.status import Show, status
+from kvjax.weights import Tokenizer
+
+ROUND = 256
+"""Capacities are rounded up to a multiple of this, so that few prompts need a new program."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model that is ready to run, and how long that took in seconds."""
+
+    model: Transformer
+    params: Params
+    tokenizer: Tokenizer
+    strategy: Strategy
+    load_s: float
+
+
+def open_session(where: Where) -> Session:
+    """Load what the command names.
+
+    Raises:
+        ValueError: for a model without a tokenizer, or a strategy that does not exist.
+    """
+    begun = time.perf_counter()
+    strategy = parse_strategy(where.cache)
+    persist()
+    with status(quiet=_fetches(where.model)) as show:
+        show(f"loading {where.model}")
+        model, params, tokenizer = kvjax.load(where.model)
+    if tokenizer is None:
+        raise ValueError(f"{where.model} has no tokenizer, so there is no text to read or write")
+    return Session(model, params, tokenizer, strategy, time.perf_counter() - begun)
+
+
+def parse_strategy(text: str) -> Strategy:
+    """A strategy from its name in `kvjax.cache.STRATEGIES` and its settings: `ring:window=256,sinks=4`.
+
+    Raises:
+        ValueError: naming what is not known, and what is.
+    """
+    name, _, settings = text.partition(":")
+    if name not in STRATEGIES:
+        raise ValueError(f"--cache: expected one of {', '.join(STRATEGIES)}, got {name!r}{_nearest(name, STRATEGIES)}")
+    kind = STRATEGIES[name]
+    known = [field.name for field in fields(kind)]
+    chosen = {}
+    for part in filter(None, settings.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in known or not equals:
+            raise ValueError(f"--cache: {name} has the settings {', '.join(known)}, got {part!r}")
+        try:
+            chosen[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            chosen[key] = value
+    try:
+        return kind(**chosen)
+    except TypeError as error:
+        raise ValueError(f"--cache: {text!r} has a setting of the wrong type: {error}") from error
+
+
+def sampling(choice: Choice, tokenizer: Tokenizer) -> Sampling:
+    """One row's rules: the command's, and the model's own ends."""
+    return Sampling(
+        temperature=choice.temperature,
+        top_k=choice.top_k,
+        top_p=choice.top_p,
+        min_p=choice.min_p,
+        repetition=choice.repetition,
+        presence=choice.presence,
+        frequency=choice.frequency,
+        stop=tokenizer.stop_ids,
+        stop_strings=choice.stop,
+        seed=choice.seed,
+    )
+
+
+def room_for(session: Session, where: Where, prompt: int, max_new: int) -> int:
+    """The cache's capacity in tokens: as asked, or enough for prompt and answer, rounded up.
+
+    Raises:
+        ValueError: if the prompt leaves no room for an answer, or the two together are more than fit.
+    """
+    most = session.model.config.max_positions
+    limit, name = (most, "the model has positions for") if where.capacity is None else (where.capacity, "--capacity is")
+    need = prompt + max_new - 1  # the last new token is never fed back
+    if need > limit and not _endless(session, limit):
+        advice = f"give --max-new {limit - prompt + 1} or fewer" if prompt <= limit else "shorten the prompt"
+        raise ValueError(
+            f"the prompt has {prompt} tokens and --max-new is {max_new}, but {name} {limit}: {advice}"
+            + (", or a larger --capacity" if where.capacity is not None and limit < most else "")
+        )
+    return limit if where.capacity is not None else min(-(-need // ROUND) * ROUND, most)
+
+
+def new_cache(session: Session, capacity: int) -> Cache:
+    """An empty cache of one row."""
+    return session.strategy.init(session.model, batch=1, capacity=capacity)
+
+
+def announce(show: Show) -> None:
+    """Say what the wait before a first token is for."""
+    show("reading the prompt (the first run also compiles, once)")
+
+
+def _endless(session: Session, capacity: int) -> bool:
+    return session.strategy.shapes(session.model, batch=1, capacity=capacity).capacity is None
+
+
+def _fetches(model: str) -> bool:
+    """Whether loading will download, and so draw a progress bar of its own."""
+    if Path(model).expanduser().exists():
+        return False
+    return model != "smollm2" or not any((cache_dir() / "models").glob("*.gguf"))
+
+
+def _nearest(name: str, names: Sequence[str] | dict) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,8 @@
+"""Checkpoints and tokenizers: from files to a model, its parameters and its text."""
+
+from kvjax.weights.checkpoint import restore, save, save_model
+from kvjax.weights.families import FAMILIES
+from kvjax.weights.loader import Loaded, load
+from kvjax.weights.tokenizer import TextStream, Tokenizer
+
+__all__ = ["FAMILIES", "Loaded", "TextStream", "Tokenizer", "load", "restore", "save", "save_model"]

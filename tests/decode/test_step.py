@@ -1,0 +1,141 @@
+"""prefill and decode_step: chunks, compiles, what stays in place, and refusals."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax.cache import Dense, Ring
+from kvjax.decode import BUCKETS, begin, rules, state, step
+from tests.tiny import prompts, tiny
+
+
+@pytest.fixture
+def unchecked():
+    """Without the tests' runtime type checks, as users run it: our own errors must say what is wrong."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_a_second_turn_prefills_only_what_is_new():
+    model, params = tiny()
+    tokens = np.asarray(prompts(0, 2, 30))
+    cache = Dense().init(model, batch=2, capacity=64)
+    _, cache = kvjax.prefill(model, params, cache, tokens[:, :18])
+    logits, cache = kvjax.prefill(model, params, cache, tokens[:, 18:])
+    full = kvjax.forward(model, params, tokens)
+    np.testing.assert_allclose(logits, full[:, -1], atol=3e-4)
+    assert cache.length.tolist() == [30, 30]
+
+
+def test_lists_of_different_lengths_are_padded():
+    model, params = tiny()
+    rows = [[1, 2, 3], [4], [5, 6]]
+    logits, cache = kvjax.prefill(model, params, Dense().init(model, batch=3, capacity=8), rows)
+    assert cache.length.tolist() == [3, 1, 2]
+    for row, ids in enumerate(rows):
+        alone = kvjax.forward(model, params, jnp.array([ids]))[0, -1]
+        np.testing.assert_allclose(logits[row], alone, atol=3e-4)
+
+
+def test_a_thousand_lengths_cost_a_compile_a_bucket():
+    model, params = tiny()
+    sizes = step._chunk._cache_size
+    before = sizes()
+    for length in range(1, 1001):
+        cache = Dense().shapes(model, batch=1, capacity=1024)
+        jax.eval_shape(lambda c, n=length: kvjax.prefill(model, params, c, np.ones((1, n), np.int32)), cache)
+    compiled = set()
+    for length in [*range(1, 600, 7), 512, 513, 999, 1000]:
+        cache = Dense().init(model, batch=1, capacity=1024)
+        kvjax.prefill(model, params, cache, np.ones((1, length), np.int32))
+        compiled.add(sizes())
+    assert sizes() - before <= len(BUCKETS)
+
+
+def test_decode_step_traces_once():
+    model, params = tiny()
+    cache = Dense().init(model, batch=2, capacity=16)
+    _, cache = kvjax.prefill(model, params, cache, prompts(0, 2, 3))
+    _, cache = kvjax.decode_step(model, params, cache, jnp.array([1, 2]))
+    before = kvjax.decode_step._cache_size()
+    for token in (jnp.array([3, 4]), np.array([5, 6], np.int32)):
+        logits, cache = kvjax.decode_step(model, params, cache, token)
+        _, cache = kvjax.decode_step(model, params, cache, logits.argmax(-1).astype(jnp.int32))
+    assert kvjax.decode_step._cache_size() == before
+
+
+def compiled(name: str, strategy, batch: int):
+    """A program over a cache that dwarfs the model, and that cache."""
+    model, params = tiny()
+    cache = strategy.init(model, batch=batch, capacity=16384)
+    token = jnp.zeros(batch, jnp.int32)
+    if name == "decode_step":
+        return kvjax.decode_step.lower(model, params, cache, token).compile(), cache
+    settings = rules(kvjax.Sampling(), batch=batch, vocab=61, max_new=8)
+    under_way = begin(cache, token, jnp.zeros((batch, 61), bool), 8)
+    return state._advance.lower(model, params, under_way, settings, jnp.int32(8)).compile(), cache
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("strategy", [Dense(), Ring(window=8000, sinks=4)], ids=str)
+@pytest.mark.parametrize("name", ["decode_step", "generate"])
+def test_the_cache_is_written_in_place(name, strategy, batch):
+    """Rule 5: donated memory covers the cache, no temporary is as large as one buffer of one layer, no copy."""
+    program, cache = compiled(name, strategy, batch)
+    buffer = cache.layers[0].k
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= kvjax.nbytes(cache)
+    assert memory.temp_size_in_bytes < buffer.nbytes
+    shape = ",".join(map(str, buffer.shape))
+    assert f"f32[{shape}]" in program.as_text()
+    assert not re.search(rf"= f32\[{shape}\]\S* copy\(", program.as_text())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "words"),
+    [
+        ([[1] * 9], None, "need 9 slots a row.*capacity is 8"),
+        ([[]], None, "empty prompt"),
+        ([[61]], None, r"\[0, 61\), got \[61\]"),
+        ([[-1, 2]], None, r"got \[-1\]"),
+        ([[1, 2]], [0], r"`lengths` must be in \[1, 2\].*got \[0\]"),
+        ([[1, 2]], [3], r"`lengths` must be in \[1, 2\].*got \[3\]"),
+        ([[1, 2]], [1, 1], r"`lengths` must be \[1\]"),
+        ([[1], [2]], None, "holds 1 rows, but the tokens have 2"),
+        (np.ones((1, 2), np.float32), None, "integers"),
+        (np.ones(3, np.int32), None, r"\[batch, width\]"),
+    ],
+)
+def test_bad_prompts_are_refused_by_name(tokens, lengths, words, unchecked):
+    model, params = tiny()
+    cache = Dense().init(model, batch=1, capacity=8)
+    for call in (kvjax.prefill, lambda *args: kvjax.generate(*args, max_new=1)):
+        with pytest.raises(ValueError, match=words):
+            call(model, params, cache, tokens, lengths)
+
+
+def test_padding_is_not_checked_as_ids():
+    model, params = tiny()
+    cache = Dense().init(model, batch=1, capacity=8)
+    kvjax.prefill(model, params, cache, np.array([[1, -1]]), [1])
+
+
+def test_what_is_held_counts_against_the_capacity():
+    model, params = tiny()
+    _, cache = kvjax.prefill(model, params, Dense().init(model, batch=1, capacity=8), [[1] * 6])
+    with pytest.raises(ValueError, match="need 9 slots"):
+        kvjax.prefill(model, params, cache, [[1] * 3])
+    kvjax.prefill(model, params, cache, [[1] * 2])
+
+
+def test_a_token_needs_one_id_a_row(unchecked):
+    model, params = tiny()
+    cache = Dense().init(model, batch=1, capacity=8)
+    with pytest.raises(ValueError, match=r"\[batch\].*shape \(1, 1\)"):
+        kvjax.decode_step(model, params, cache, jnp.ones((1, 1), jnp.int32))

@@ -1,0 +1,91 @@
+"""The registries that the tests cross: every cache strategy with every decoder.
+
+A new strategy or decoder is one row here. A pair that cannot work is a row of UNSUPPORTED with its reason.
+`python -m tests.strategies` prints the compatibility table that the README shows.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from kvjax.cache import Dense, Ring
+
+CACHES = {
+    "Dense()": Dense(),
+    "Ring()": Ring(),
+    "Ring(window=6, sinks=2)": Ring(window=6, sinks=2),
+}
+
+LOSSLESS = {"Dense()", "Ring()"}
+"""Strategies that keep everything the model can see: their logits are those of a full forward pass."""
+
+
+def _decode_step(model, params, cache, tokens, lengths, new):
+    logits, cache = kvjax.prefill(model, params, cache, tokens, lengths)
+    made = []
+    for _ in range(new):
+        made.append(logits.argmax(-1).astype(jnp.int32))
+        logits, cache = kvjax.decode_step(model, params, cache, made[-1])
+    return np.stack(made, 1)
+
+
+def _generate(model, params, cache, tokens, lengths, new):
+    return np.asarray(kvjax.generate(model, params, cache, tokens, lengths, max_new=new).tokens)
+
+
+def _stream(model, params, cache, tokens, lengths, new):
+    return np.stack([step.tokens for step in kvjax.stream(model, params, cache, tokens, lengths, max_new=new)], 1)
+
+
+def _traced(model, params, cache, tokens, lengths, new):
+    whole = jax.jit(
+        lambda params, cache, tokens, lengths: kvjax.generate(
+            model, params, cache, tokens, lengths, max_new=new
+        ).tokens
+    )
+    return np.asarray(whole(params, cache, tokens, lengths))
+
+
+def _sampled(model, params, cache, tokens, lengths, new):
+    only_best = kvjax.Sampling(temperature=0.7, top_k=1)
+    out = kvjax.generate(
+        model, params, cache, tokens, lengths, max_new=new, key=jax.random.key(0), sampling=only_best
+    )
+    return np.asarray(out.tokens)
+
+
+def _resumed(model, params, cache, tokens, lengths, new):
+    first = kvjax.generate(model, params, cache, tokens, lengths, max_new=new // 2)
+    rest = kvjax.generate(model, params, first.cache, first.last, max_new=new - new // 2)
+    return np.concatenate([first.tokens, rest.tokens], 1)
+
+
+DECODERS = {
+    "`decode_step`": _decode_step,
+    "`generate`": _generate,
+    "`generate`, sampling": _sampled,
+    "`generate`, in your own `jit`": _traced,
+    "`generate`, resumed": _resumed,
+    "`stream`": _stream,
+}
+
+UNSUPPORTED: dict[tuple[str, str], str] = {}
+"""(cache, decoder) to the sentence that says why not."""
+
+
+def table() -> str:
+    """The compatibility table, as Markdown."""
+    lines = ["| | " + " | ".join(DECODERS) + " |", "| --- |" + " :-: |" * len(DECODERS)]
+    lines += [
+        f"| `{cache}` | " + " | ".join("no" if (cache, d) in UNSUPPORTED else "yes" for d in DECODERS) + " |"
+        for cache in CACHES
+    ]
+    lines += [f"\n`{cache}` with {decoder}: {why}" for (cache, decoder), why in UNSUPPORTED.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

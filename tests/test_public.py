@@ -1,0 +1,26 @@
+"""The names a user sees; a change here is a change of the interface."""
+
+import subprocess
+import sys
+
+import kvjax
+
+NAMES = """
+Cache ModelConfig Output Precision Rope Sampling Transformer __version__ cache decode decode_step fork forward
+generate init_params load nbytes param_shapes prefill restore save save_model stream
+""".split()
+
+
+def test_public_names():
+    assert sorted(kvjax.__all__) == sorted(NAMES)
+    assert all(hasattr(kvjax, name) for name in NAMES)
+
+
+def test_importing_loads_nothing_heavy():
+    """Readers and tools are imported where they are used: a start costs JAX and Flax only."""
+    code = (
+        "import sys, kvjax; heavy = {'gguf', 'tokenizers', 'jinja2', 'huggingface_hub', 'orbax.checkpoint', 'rich', "
+        "'safetensors', 'tyro', 'transformers', 'torch'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
