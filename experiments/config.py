@@ -99,7 +99,7 @@ def _parse(key: str, texts: list[str], kind: Any) -> Any:
     if not texts and kind is bool:
         return True
     if len(texts) != 1:
-        raise ValueError(f"experiment: `{key}` must be one {spell(kind)}, got {texts}")
+        raise ValueError(f"experiment: `{key}` must be {spell(kind)}, got {texts}")
     try:
         return _fit(key, yaml.safe_load(texts[0]), kind)
     except (ValueError, yaml.YAMLError):

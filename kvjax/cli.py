@@ -152,7 +152,7 @@ def parse(args: Sequence[str]) -> Generate | Chat | Doctor | Experiment:
     about = "Decode language models in JAX with an explicit key/value cache."
     config = (tyro.conf.FlagCreatePairsOff,)
     if args[:1] != ["experiment"] or "--help" in args or "-h" in args:
-        return tyro.cli(Command, prog="kvjax", description=about, args=args, config=config)  # ty: ignore[no-matching-overload]
+        return tyro.cli(Command, prog="kvjax", description=about, args=args, config=config)
     command, rest = tyro.cli(
         Experiment, prog="kvjax experiment", args=args[1:], config=config, return_unknown_args=True
     )

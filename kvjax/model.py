@@ -6,12 +6,14 @@ layer. Kernels are stored `[out, in]`, as checkpoints have them; QKV and gate-up
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.cache.attention import Mask, attend, by_head
 from kvjax.cache.base import Cache, LayerCache
@@ -168,7 +170,9 @@ class Transformer(nn.Module):
             x = x + jnp.take(table, positions, axis=0, mode="clip").astype(p.compute)
 
         blocks = [Block(c, p, window, parent=None) for window in c.windows]
-        params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)
+        params = self.get_variable("params", "layers")  # `self.param` would trace every layer's initializer again
+        if params is None:
+            params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)
         layers: list[LayerCache | None] = [None] * c.layers if cache is None else list(cache.layers)
         for i, block in enumerate(blocks):
             x, layers[i] = cast(
@@ -202,14 +206,20 @@ def cached(
     return cast("tuple[Array, Cache]", out)
 
 
-def init_params(model: Transformer, key: Array) -> Params:
+@partial(jax.jit, static_argnames="model")
+def init_params(model: Transformer, key: Key[Array, ""]) -> Params:
     """Random parameters of the model's shape: normal(0, 0.02) kernels, unit norms."""
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def param_shapes(model: Transformer) -> Params:
-    """The tree that `model` takes, as `jax.ShapeDtypeStruct`s; allocates nothing."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    """The tree that `model` takes, as `jax.ShapeDtypeStruct`s; allocates nothing.
+
+    Layers differ only by their windows, so one is traced and repeated.
+    """
+    one = model.clone(config=replace(model.config, windows=model.config.windows[:1]))
+    shapes = jax.eval_shape(partial(init_params, one), jax.random.key(0))
+    return shapes | {"layers": shapes["layers"] * model.config.layers}
 
 
 def _init_layers(key, blocks, shape, dtype):

@@ -7,12 +7,8 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
-from experiments.peers.work import Options, Timing, Work
-
-ROOT = Path(__file__).parents[2]
-"""The folder that holds the package `experiments`."""
+from experiments.peers.work import ROOT, Options, Timing, Work
 
 _START = "import sys; sys.path.append(sys.argv[1]); from experiments.peers.serve import main; main(*sys.argv[2:])"
 """The folder goes last, so that the interpreter's own packages win over what lies beside ours."""
@@ -23,7 +19,7 @@ class Client:
 
     def __init__(self, python: str, kind: str, options: Options):
         self.name = kind
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed on exit, as the process is
         command = [python or sys.executable, "-c", _START, str(ROOT), kind, json.dumps(options)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
@@ -68,8 +64,9 @@ class Client:
         if not line:
             self._process.wait()
             self._log.seek(0)
-            said = self._log.read().strip().splitlines()[-1:]
-            raise RuntimeError(f"{self.name} ended with code {self._process.returncode}: {' '.join(said)}")
+            said = " ".join(self._log.read().split())[-500:]
+            code = self._process.returncode
+            raise RuntimeError(f"{self.name} ended with code {code}; the end of what it said: {said}")
         return json.loads(line)
 
 
@@ -81,7 +78,8 @@ def installed(python: str, distributions: tuple[str, ...]) -> dict[str, str | No
         "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
     )
     try:
-        run = subprocess.run([python or sys.executable, "-c", script, *distributions], capture_output=True, text=True, check=True)
+        command = [python or sys.executable, "-c", script, *distributions]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"bench_cpu: `peer_python` must be a Python interpreter, got {python!r}: {error}") from error
     return json.loads(run.stdout)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+import torch  # ty: ignore[import-not-found]  # an optional peer
+from transformers import (  # ty: ignore[import-not-found]  # an optional peer
+    AutoModelForCausalLM,
+    DynamicCache,
+    StaticCache,
+)
 
 from experiments.peers.work import Timing, Work
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 
-import llama_cpp as c
+import llama_cpp as c  # ty: ignore[import-not-found]  # an optional peer
 import numpy as np
 
-from experiments.peers.work import Timing, Work
+from experiments.peers.work import ROOT, Timing, Work
 
 TYPES = {"f16": 1, "f32": 0, "q8_0": 8}
 """K/V types by their number in ggml."""
@@ -34,21 +36,24 @@ class Settings:
 class Llama:
     """A model file; contexts are made for each measurement, outside the clock."""
 
-    def __init__(self, model: str, threads: int):
+    def __init__(self, model: str, threads: int, repack: bool):
         c.llama_backend_init()
         c.llama_log_set(_quiet, None)
-        self.model = c.llama_model_load_from_file(model.encode(), c.llama_model_default_params())
+        params = c.llama_model_default_params()
+        params.use_extra_bufts = repack
+        self.model = c.llama_model_load_from_file(model.encode(), params)
         if not self.model:
             raise ValueError(f"llama.cpp: {model} cannot be loaded")
         self.vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
-        self.threads = threads
+        self.threads, self.repack = threads, repack
         self.best: dict[str, Settings] = {}
 
     def measure(self, work: Work) -> Timing:
         if work.name not in self.best:
             self.best[work.name] = self._tune(work)
         settings = self.best[work.name]
-        return replace(self._run(work, settings), settings=str(settings))
+        said = str(settings) + ("" if self.repack else ", weights not repacked (crashes on this machine)")
+        return replace(self._run(work, settings), settings=said)
 
     def _tune(self, work: Work) -> Settings:
         """Try every setting that bears on the work, and once more the two fastest."""
@@ -123,6 +128,18 @@ def _quiet(level, text, data) -> None:
     return None
 
 
+_PROBE = (
+    "import sys; sys.path.append(sys.argv[1]); from experiments.peers import llama; "
+    "llama.Llama(sys.argv[2], int(sys.argv[3]), True).measure(llama.Work('decode-1-64', [[1] * 64], 1))"
+)
+
+
 def make(model: str, threads: int) -> Llama:
-    """The engine."""
-    return Llama(model, threads)
+    """The engine.
+
+    llama.cpp repacks quantised weights for the processor's matrix units, and where a virtual machine forbids those
+    it dies of it. So that is tried in another process first.
+    """
+    probe = [sys.executable, "-c", _PROBE, str(ROOT), model, str(threads)]
+    lives = subprocess.run(probe, capture_output=True, timeout=300, check=False).returncode == 0
+    return Llama(model, threads, repack=lives)

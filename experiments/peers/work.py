@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+ROOT = Path(__file__).parents[2]
+"""The folder that holds the package `experiments`."""
 
 
 @dataclass(frozen=True)

@@ -17,23 +17,26 @@ def write(
 
     A buffer has one or more rows for each of the batch (`rows = batch * kv_heads`). Tokens that would
     land past the last slot are dropped. Each row's slots are read, blended and written back as one
-    window, which XLA does in place on a donated buffer, where a scatter may copy all of it.
+    window, which XLA does in place on a donated buffer.
     """
-    batch, (rows, slots), width = start.shape[0], buffer.shape[:2], min(new.shape[1], buffer.shape[1])
-    each, ones = rows // batch, (1,) * (buffer.ndim - 2)
-    for row in range(batch):
-        window = jnp.minimum(start[row], slots - width)
-        shift = start[row] - window  # the window was moved back by this much to fit
+    batch, slots, width = start.shape[0], buffer.shape[1], min(new.shape[1], buffer.shape[1])
+    rest = buffer.shape[2:]
+
+    def one(buffer: Shaped[Array, "heads slots *rest"], new: Shaped[Array, "heads width *rest"], start, keep):
+        first = jnp.minimum(start, slots - width)
+        shift = start - first  # the window was moved back by this much to fit
         source = jnp.arange(width) - shift
-        wanted = jnp.take(keep[row], source, mode="fill", fill_value=False) & (source >= 0)
-        fresh = new[row * each : (row + 1) * each, :width]
+        wanted = jnp.take(keep, source, mode="fill", fill_value=False) & (source >= 0)
+        fresh = new[:, :width]
         if width > 1:
             fresh = jnp.roll(fresh, shift, axis=1)
-        at = (jnp.int32(row * each), window, *(jnp.int32(0),) * len(ones))
-        old = jax.lax.dynamic_slice(buffer, at, (each, width, *buffer.shape[2:]))
-        blend = jnp.where(wanted.reshape(1, width, *ones), fresh, old)
-        buffer = jax.lax.dynamic_update_slice(buffer, blend, at)
-    return buffer
+        at = (0, first, *(0,) * len(rest))
+        old = jax.lax.dynamic_slice(buffer, at, (buffer.shape[0], width, *rest))
+        blend = jnp.where(wanted.reshape(1, width, *(1,) * len(rest)), fresh, old)
+        return jax.lax.dynamic_update_slice(buffer, blend, at)
+
+    split = [x.reshape(batch, -1, *x.shape[1:]) for x in (buffer, new)]
+    return jax.vmap(one)(*split, start, keep).reshape(buffer.shape)
 
 
 def take_rows(

@@ -14,6 +14,7 @@ import tempfile
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 SUFFIX = "-cache"
 """How JAX ends the name of an entry."""
@@ -41,7 +42,7 @@ def persist(folder: str | os.PathLike[str] | None = None) -> Path | None:
     """
     import jax
 
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]  # config makes them at run time
     if chosen is not None:
         return Path(chosen)
     if os.environ.get("KVJAX_COMPILE_CACHE") == "0":
@@ -58,8 +59,6 @@ def persist(folder: str | os.PathLike[str] | None = None) -> Path | None:
             "set KVJAX_CACHE to a folder that can, or KVJAX_COMPILE_CACHE=0 to silence this",
             stacklevel=2,
         )
-        jax.config.update("jax_enable_compilation_cache", False)  # a second call must not warn again
-        os.environ["KVJAX_COMPILE_CACHE"] = "0"
         return None
     _turn_on(path)
     atexit.register(_clean_quietly, path)  # so that the next start has nothing to check
@@ -122,7 +121,7 @@ def is_whole(path: Path) -> bool:
 
 def _zstd_whole(data: bytes) -> bool:
     try:
-        import zstandard  # ty: ignore[unresolved-import]  # JAX's own optional dependency
+        import zstandard  # ty: ignore[import-not-found]  # JAX's own optional dependency
     except ImportError:
         return True
     try:
@@ -144,7 +143,7 @@ def _turn_on(path: Path) -> None:
     compilation_cache.reset_cache()  # JAX decides once, at its first compile, whether there is a cache
 
 
-def _read_known(folder: Path) -> dict[str, list[int]]:
+def _read_known(folder: Path) -> dict[str, Any]:
     try:
         known = json.loads((folder / KNOWN).read_text())
     except (OSError, ValueError):

@@ -13,7 +13,7 @@ from kvjax.cache.base import Cache, check
 from kvjax.decode import state as decoding
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two, rules
 from kvjax.decode.state import REASONS, State
-from kvjax.decode.step import Lengths, Tokens, as_batch, prefill, traced
+from kvjax.decode.step import Lengths, Tokens, as_batch, check_values, prefill, traced
 from kvjax.model import Params, Transformer
 
 
@@ -112,13 +112,14 @@ def _start(
     batch, vocab = tokens.shape[0], model.config.vocab
     check(cache, model, batch, "generate")
     settings = rules(sampling, batch=batch, vocab=vocab, max_new=max_new, key=key, tokenizer=tokenizer)
+    check_values(model, cache, tokens, lengths)
     _check_room(cache, lengths, settings)
     seen = _seen(tokens, lengths, vocab)
     room = power_of_two(max_new)
     if tokens.shape[1] == 1:
         return decoding.begin(cache, jnp.asarray(tokens[:, 0]), seen, room), settings, None
     logits, cache = prefill(model, params, cache, tokens, lengths)
-    state = decoding.begin(cache, jnp.zeros(batch, jnp.int32), seen, room)
+    state = decoding.begin(cache, jnp.asarray(np.zeros(batch, np.int32)), seen, room)
     state, *ready = decoding.first(state, settings, logits)
     return state, settings, tuple(ready)
 
@@ -132,9 +133,10 @@ def _finish(state: State, max_new: int) -> Output:
                 f"generate: the logits of row {row} were not finite at step {int(state.lengths[row])} "
                 f"(position {int(state.cache.length[row])}); rows concerned: {failed.tolist()}"
             )
-    return Output(
-        state.tokens[:, :max_new], state.lengths, state.logprobs[:, :max_new], state.cache, state.reason
-    )
+    tokens, logprobs = state.tokens, state.logprobs
+    if tokens.shape[1] != max_new:
+        tokens, logprobs = tokens[:, :max_new], logprobs[:, :max_new]
+    return Output(tokens, state.lengths, logprobs, state.cache, state.reason)
 
 
 def _check_room(cache: Cache, lengths, settings: Rules) -> None:

@@ -141,9 +141,14 @@ def rules(
         stop=_padded([row.stop for row in rows], -1, np.int32),
         strings=jnp.asarray(strings),
         limit=jnp.asarray(np.array([min(row.limit or max_new, max_new) for row in rows], np.int32)),
-        keys=jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.asarray(seeds)),
+        keys=_row_keys(root, jnp.asarray(seeds)),
         automaton=automaton,
     )
+
+
+@jax.jit
+def _row_keys(key: Key[Array, ""], seeds: UInt32[Array, "batch"]) -> Key[Array, "batch"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
 
 
 def power_of_two(n: int) -> int:

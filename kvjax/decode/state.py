@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.base import Cache
@@ -47,12 +48,15 @@ class State:
 def begin(cache: Cache, pending: Int[Array, "batch"], seen: Bool[Array, "batch vocab"], new: int) -> State:
     """A state with no token generated yet and room for `new` a row; `seen` marks the prompt's tokens."""
     batch = seen.shape[0]
-    zeros = partial(jnp.zeros, dtype=jnp.int32)
+
+    def zeros(shape):
+        return jnp.asarray(np.zeros(shape, np.int32))  # from the host: each `jnp.zeros` of a new shape is a compile
+
     return State(
         cache=cache,
         pending=pending,
-        tokens=jnp.full((batch, new), -1, jnp.int32),
-        logprobs=jnp.zeros((batch, new), jnp.float32),
+        tokens=jnp.asarray(np.full((batch, new), -1, np.int32)),
+        logprobs=jnp.asarray(np.zeros((batch, new), np.float32)),
         lengths=zeros(batch),
         reason=zeros(batch),
         step=zeros(()),

@@ -60,8 +60,8 @@ def prefill(
     """
     tokens, lengths = as_batch(tokens, lengths)
     check(cache, model, tokens.shape[0], "prefill")
-    _check_values(model, cache, tokens, lengths)
-    logits = jnp.zeros((tokens.shape[0], model.config.vocab), model.precision.logits)
+    check_values(model, cache, tokens, lengths)
+    logits = jnp.asarray(np.zeros((tokens.shape[0], model.config.vocab), model.precision.logits))
     width, largest = tokens.shape[1], buckets[-1]
     for start in range(0, width, largest):
         chunk = tokens[:, start : start + largest]
@@ -132,7 +132,8 @@ def traced(*values) -> bool:
     return any(isinstance(x, Tracer) for x in values)
 
 
-def _check_values(model: Transformer, cache: Cache, tokens, lengths) -> None:
+def check_values(model: Transformer, cache: Cache, tokens, lengths) -> None:
+    """Raise ValueError for prompts that `prefill` must refuse, as far as values are known."""
     if traced(tokens, lengths, cache.length):
         return
     tokens, lengths = np.asarray(tokens), np.asarray(lengths)

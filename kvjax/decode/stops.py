@@ -41,8 +41,7 @@ def compile_stops(
         raise ValueError("Sampling: `stop_strings` need the call's `tokenizer`, to know each token's text")
     if len(texts) > MOST:
         raise ValueError(f"Sampling: a batch may have at most {MOST} distinct stop strings, got {len(texts)}")
-    bits = {text: np.uint32(1 << i) for i, text in enumerate(texts)}
-    heeded = np.array([np.bitwise_or.reduce([bits[t] for t in row], initial=0) for row in rows], np.uint32)
+    heeded = np.array([sum(1 << texts.index(text) for text in set(row)) for row in rows], np.uint32)
     goto, ends = _byte_automaton([text.encode() for text in texts])
     return heeded, _over_tokens(goto, ends, tokenizer.token_bytes(), vocab)
 

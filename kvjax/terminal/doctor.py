@@ -62,17 +62,19 @@ def examine() -> dict:
     kernels = _kernels()
     if kernels["shadowed_by"]:
         missing["kernels"] = (
-            f"{kernels['shadowed_by']} hides kvjax's own module `kernels`: pip uninstall kernels, and install kvjax again"
+            f"{kernels['shadowed_by']} hides kvjax's own module `kernels`: "
+            "pip uninstall kernels, and install kvjax again"
         )
-    model = cache_dir() / "models"
-    names = sorted(path.name for path in model.glob("*.gguf")) if model.is_dir() else []
+    elif kernels["path"] is None:
+        missing["kernels"] = f"kvjax's own `kernels` cannot be imported ({kernels['error']}): install kvjax again"
+    folder = cache_dir()
     return {
         "ok": not missing,
         "versions": versions,
         "optional": {name: version(name) for name in OPTIONAL},
         "devices": devices,
-        "cache_folder": {"path": str(cache_dir()), "bytes": folder_bytes(cache_dir()), "writable": writable(cache_dir())},
-        "default_model": names,
+        "cache_folder": {"path": str(folder), "bytes": folder_bytes(folder), "writable": writable(folder)},
+        "default_model": sorted(path.name for path in (folder / "models").glob("*.gguf")),
         "compile_cache": _compile_cache(),
         "kernels": kernels,
         "missing": missing,
@@ -90,7 +92,8 @@ def as_text(found: dict) -> str:
     lines += [
         "machine",
         f"  {'devices':<18}{', '.join(found['devices']) or 'none'}",
-        f"  {'cache folder':<18}{folder['path']} ({size(folder['bytes'])}{'' if folder['writable'] else ', not writable'})",
+        f"  {'cache folder':<18}{folder['path']} ({size(folder['bytes'])}"
+        + ("" if folder["writable"] else ", not writable") + ")",
         f"  {'default model':<18}{', '.join(found['default_model']) or 'not fetched yet: the first use does (93 MB)'}",
         f"  {'compiled programs':<18}{compiled['path'] or 'in memory only'}"
         + ("" if compiled["writable"] or not compiled["path"] else " (not writable: every start compiles)"),

@@ -10,6 +10,7 @@ import jax
 import kvjax
 from kvjax.cli import Generate
 from kvjax.terminal.answer import Answer, speak
+from kvjax.terminal.interrupt import insisting
 from kvjax.terminal.session import Session, announce, new_cache, open_session, room_for, sampling
 from kvjax.terminal.status import dimmed, size, status
 
@@ -34,7 +35,7 @@ def run(command: Generate) -> int:
         sampling=sampling(command.choice, session.tokenizer),
         tokenizer=session.tokenizer,
     )
-    with status() as show:
+    with insisting() as check, status() as show:
         announce(show)
 
         def write(piece: str) -> None:
@@ -43,7 +44,9 @@ def run(command: Generate) -> int:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
 
-        answer = speak(steps, session.tokenizer, command.choice.stop, write, started=command.raw)
+        answer = speak(
+            steps, session.tokenizer, command.choice.stop, write, started=command.raw, interrupted=check
+        )
     report = figures(answer, session, held, len(ids))
     if command.json:
         print(json.dumps({"text": answer.text, "tokens": list(answer.tokens), **report}, ensure_ascii=False))

@@ -1,24 +1,48 @@
-"""Ctrl-C as a question that the loop asks, so that it never lands in the middle of a step."""
+"""Ctrl-C, so that it neither gets lost nor lands in the middle of a step."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def noticing() -> Iterator[Callable[[], bool]]:
+def noticing() -> Generator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second press raises KeyboardInterrupt at once."""
-    pressed: list[int] = []
+    with _counting(raise_from=2) as presses:
+        yield lambda: bool(presses)
+
+
+@contextmanager
+def insisting() -> Generator[Callable[[], bool]]:
+    """Ctrl-C raises KeyboardInterrupt, and raises it again when the yielded function is called or the block ends.
+
+    Python drops an exception that a signal handler raises inside a C callback or a finaliser, and loading and
+    compiling have many of both. The function gives False, so it can be asked as `noticing`'s is.
+    """
+    with _counting(raise_from=1) as presses:
+
+        def check() -> bool:
+            if presses:
+                raise KeyboardInterrupt
+            return False
+
+        yield check
+        check()
+
+
+@contextmanager
+def _counting(raise_from: int) -> Generator[list[int]]:
+    presses: list[int] = []
 
     def note(number, frame) -> None:
-        if pressed:
+        presses.append(number)
+        if len(presses) >= raise_from:
             raise KeyboardInterrupt
-        pressed.append(number)
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: bool(pressed)
+        yield presses
     finally:
         signal.signal(signal.SIGINT, before)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import kvjax
 from kvjax.cache import STRATEGIES, Cache, Strategy
@@ -16,6 +17,7 @@ from kvjax.compiler import persist
 from kvjax.decode import Sampling
 from kvjax.model import Params, Transformer
 from kvjax.paths import cache_dir
+from kvjax.terminal.interrupt import insisting
 from kvjax.terminal.status import Show, status
 from kvjax.weights import Tokenizer
 
@@ -43,7 +45,7 @@ def open_session(where: Where) -> Session:
     begun = time.perf_counter()
     strategy = parse_strategy(where.cache)
     persist()
-    with status(quiet=_fetches(where.model)) as show:
+    with insisting(), status(quiet=_fetches(where.model)) as show:
         show(f"loading {where.model}")
         model, params, tokenizer = kvjax.load(where.model)
     if tokenizer is None:
@@ -60,9 +62,9 @@ def parse_strategy(text: str) -> Strategy:
     name, _, settings = text.partition(":")
     if name not in STRATEGIES:
         raise ValueError(f"--cache: expected one of {', '.join(STRATEGIES)}, got {name!r}{_nearest(name, STRATEGIES)}")
-    kind = STRATEGIES[name]
+    kind: type[Any] = STRATEGIES[name]
     known = [field.name for field in fields(kind)]
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for part in filter(None, settings.split(",")):
         key, equals, value = part.partition("=")
         if key not in known or not equals:
@@ -132,6 +134,6 @@ def _fetches(model: str) -> bool:
     return model != "smollm2" or not any((cache_dir() / "models").glob("*.gguf"))
 
 
-def _nearest(name: str, names: Sequence[str] | dict) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

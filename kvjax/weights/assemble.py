@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,7 +36,7 @@ def assemble(tensors: Mapping[str, Tensor], family: Family, layout: Layout, mode
             has no place for (a forgotten bias would give wrong logits silently).
     """
     tensors = {_plain(name): tensor for name, tensor in tensors.items()}
-    leaves, tree = jax.tree_util.tree_flatten_with_path(_shapes(model))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(model))
     plan = [(_place(path), leaf, _parts(path, leaf, family, layout, model.config)) for path, leaf in leaves]
     _check(tensors, [part for *_, parts in plan for part in parts], family, layout)
 
@@ -50,12 +49,6 @@ def assemble(tensors: Mapping[str, Tensor], family: Family, layout: Layout, mode
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         return jax.tree_util.tree_unflatten(tree, list(pool.map(build, plan)))
-
-
-def _shapes(model: Transformer) -> Params:
-    """`param_shapes`, traced for one layer and repeated: layers differ by nothing but their window."""
-    one = model.clone(config=replace(model.config, windows=model.config.windows[:1]))
-    return (shapes := param_shapes(one)) | {"layers": shapes["layers"] * model.config.layers}
 
 
 def _plain(name: str) -> str:

@@ -35,11 +35,14 @@ def _compiled(template: str) -> Any:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
+    def now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
     def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja2's own escapes for HTML
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    names: dict[str, Any] = {"raise_exception": refuse, "strftime_now": now}
+    environment.globals.update(names)
     return environment.from_string(template)

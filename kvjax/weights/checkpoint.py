@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,9 +142,13 @@ def load_model(path: Path, precision: Precision) -> Loaded:
 def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
     from tokenizers import Tokenizer as Inner
 
-    sets = {name: frozenset(fields[name]) for name in ("special", "added")}
-    inner = Inner.from_file(str(path / "tokenizer.json"))
-    return Tokenizer(inner, **fields | sets | {"stop_ids": tuple(fields["stop_ids"])})
+    typed: dict[str, Any] = fields | {name: frozenset(fields[name]) for name in ("special", "added")}
+    typed["stop_ids"] = tuple(fields["stop_ids"])
+    try:
+        typed["inner"] = Inner.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    return Tokenizer(**typed)
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -209,8 +213,7 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default_device() -> jax.Device:
-    chosen = jax.config.jax_default_device
-    return chosen if isinstance(chosen, jax.Device) else jax.local_devices()[0]
+    return next(iter(jax.numpy.zeros(()).devices()))  # wherever JAX puts a new array now
 
 
 def _empty(leaf: Any, row: dict) -> jax.Array:
@@ -222,7 +225,7 @@ def _empty(leaf: Any, row: dict) -> jax.Array:
 
 
 @contextlib.contextmanager
-def _new_folder(path: Path, mark: str) -> Iterator[Path]:
+def _new_folder(path: Path, mark: str) -> Generator[Path]:
     """A fresh folder beside `path` that takes its place when all went well; `mark` is a file only ours have."""
     if path.exists() and not (path / mark).exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"save: {path} exists and is no checkpoint of this kind; give another path")

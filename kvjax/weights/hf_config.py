@@ -61,7 +61,7 @@ def mistral(raw: Raw) -> ModelConfig:
     """Mistral: Llama with a sliding window on every layer, or on none."""
     return ModelConfig(
         family="mistral",
-        windows=(raw.get("sliding_window", 4096),) * raw["num_hidden_layers"],
+        windows=(_window(raw.get("sliding_window", 4096)),) * raw["num_hidden_layers"],
         tied=bool(raw.get("tie_word_embeddings", False)),
         **_shared(raw, positions=131_072),
     )
@@ -186,7 +186,13 @@ def _windows(kinds: list[str], window: int | None, layers: int) -> tuple[int | N
         raise ValueError(f"`layer_types` has {sorted(unknown)}; known are full_attention and sliding_attention")
     if len(kinds) != layers:
         raise ValueError(f"`layer_types` has {len(kinds)} entries for {layers} layers")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(_window(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _window(value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"`sliding_window` must be a positive integer or null, got {value!r}")
+    return value
 
 
 def _rope(raw: Raw) -> Rope:

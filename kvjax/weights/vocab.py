@@ -186,7 +186,7 @@ def _steps(decoder: dict | None) -> dict[str, dict]:
     if decoder is None:
         return {}
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    return {step["type"]: step for step in steps}
+    return {str(step["type"]): step for step in steps}
 
 
 def _named(token: Any, inner: Any, otherwise: Any) -> int | None:
@@ -204,5 +204,7 @@ def _template(folder: Path, settings: dict) -> str | None:
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
     if isinstance(template, list):
-        template = next((row.get("template") for row in template if row.get("name") == "default"), None)
-    return template
+        template = next(
+            (row.get("template") for row in template if isinstance(row, dict) and row.get("name") == "default"), None
+        )
+    return template if isinstance(template, str) else None

@@ -1,42 +1,44 @@
 """A ring against a mask: full attention that may see only the window and the sinks."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import kvjax
 from kernels.reference import Mask, attend
 from kvjax.cache import Dense, LayerSpec, Ring
-from kvjax.cache.attention import by_head
 from tests.kernels.test_reference import inputs
 from tests.tiny import prompts, tiny
 
+TOTAL, CHUNK = 40, 6
 
-@settings(deadline=None, max_examples=40)
-@given(
-    window=st.integers(1, 9),
-    sinks=st.integers(0, 4),
-    chunks=st.lists(st.integers(1, 6), min_size=1, max_size=8),
-    seed=st.integers(0, 2**16),
-)
-def test_a_ring_sees_the_window_and_the_sinks(window, sinks, chunks, seed):
-    total = sum(chunks)
-    q, k, v, positions, slots = inputs(seed, batch=2, width=total, heads=4, slots=total)
-    k, v = (x.reshape(2, 2, total, 8).swapaxes(1, 2) for x in (k, v))
-    wanted, wanted_lse = attend(q, by_head(k), by_head(v), positions, slots, Mask(0.3, window, sinks))
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (4, 0), (5, 3), (9, 2)])
+def test_a_ring_sees_the_window_and_the_sinks(window, sinks):
+    """Rows take in their own random number of tokens a time: chunks, empty chunks and single tokens."""
+    rng = np.random.default_rng(window)
+    q, k, v, positions, slots = inputs(0, batch=2, width=TOTAL, heads=4, slots=TOTAL)
+    wanted = attend(q, k, v, positions, slots, Mask(0.3, window, sinks))
+    k, v = (np.asarray(x.reshape(2, 2, TOTAL, 8).swapaxes(1, 2)) for x in (k, v))
     layer = Ring(window, sinks).layer(LayerSpec(2, 64, 2, 8, None, "float32"))
-    at = 0
-    for width in chunks:
-        cut = slice(at, at + width)
-        valid = jnp.ones((2, width), bool)
-        out, lse, layer = layer.attend(q[:, cut], k[:, cut], v[:, cut], positions[:, cut], valid, Mask(0.3))
-        np.testing.assert_allclose(out, wanted[:, cut], atol=2e-6)
-        np.testing.assert_allclose(lse, wanted_lse[:, cut], atol=2e-6)
-        at += width
-    kept = {p for p in range(total) if p < sinks or p >= total - window}
-    assert set(np.asarray(layer.positions[0]).tolist()) - {-1} >= kept
+    step = jax.jit(lambda layer, *new: layer.attend(*new, Mask(0.3)))
+    at = np.zeros(2, int)
+    while (at < TOTAL).any():
+        width = int(rng.choice([1, CHUNK]))
+        lengths = np.minimum(rng.integers(0, width + 1, 2), TOTAL - at)
+        index = np.minimum(at[:, None] + np.arange(width), TOTAL - 1)
+        new = [np.take_along_axis(np.asarray(x), index[..., None, None], 1) for x in (q, k, v)]
+        valid = np.arange(width) < lengths[:, None]
+        out, lse, layer = step(layer, *map(jnp.asarray, new), jnp.asarray(at[:, None] + np.arange(width)), valid)
+        for row, n in enumerate(lengths):
+            cut = slice(at[row], at[row] + n)
+            np.testing.assert_allclose(out[row, :n], wanted[0][row, cut], atol=2e-6)
+            np.testing.assert_allclose(lse[row, :n], wanted[1][row, cut], atol=2e-6)
+        at += lengths
+        for row in range(2):
+            kept = {p for p in range(at[row]) if p < sinks or p >= at[row] - window}
+            assert set(np.asarray(layer.positions[row]).tolist()) - {-1} >= kept
 
 
 def test_rows_grow_past_the_capacity():

@@ -1,35 +1,31 @@
 """Writes into slots against a loop in NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
 from kvjax.cache.slots import take_rows, write
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    slots=st.sampled_from([1, 5, 8]),
-    width=st.sampled_from([1, 3, 9]),
-    heads=st.sampled_from([1, 2]),
-    rest=st.sampled_from([(), (4,)]),
-    data=st.data(),
-)
-def test_write_puts_what_is_kept_and_nothing_else(slots, width, heads, rest, data):
-    batch = 2
-    start = data.draw(st.lists(st.integers(0, slots + 2), min_size=batch, max_size=batch))
-    keep = np.random.default_rng(data.draw(st.integers(0, 99))).random((batch, width)) < 0.7
-    old = np.random.default_rng(0).normal(size=(batch * heads, slots, *rest)).astype(np.float32)
-    new = np.random.default_rng(1).normal(size=(batch * heads, width, *rest)).astype(np.float32)
-    wanted = old.copy()
-    for row in range(batch * heads):
-        for i in range(width):
+@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize("width", [1, 3, 9])
+@pytest.mark.parametrize(("heads", "rest"), [(1, ()), (2, (4,))])
+def test_write_puts_what_is_kept_and_nothing_else(slots, width, heads, rest):
+    """Every start, from an empty row to one past the end, and random tokens to keep."""
+    batch, rng = 2, np.random.default_rng(slots + width)
+    written = jax.jit(write)
+    for first in range(slots + 3):
+        start = np.array([first, rng.integers(0, slots + 2)], np.int32)
+        keep = rng.random((batch, width)) < 0.7
+        old = rng.normal(size=(batch * heads, slots, *rest)).astype(np.float32)
+        new = rng.normal(size=(batch * heads, width, *rest)).astype(np.float32)
+        wanted = old.copy()
+        for row, i in np.ndindex(batch * heads, width):
             slot = start[row // heads] + i
             if keep[row // heads, i] and slot < slots:
                 wanted[row, slot] = new[row, i]
-    got = write(jnp.asarray(old), jnp.asarray(new), jnp.asarray(start, jnp.int32), jnp.asarray(keep))
-    np.testing.assert_array_equal(got, wanted)
+        np.testing.assert_array_equal(written(*map(jnp.asarray, (old, new, start, keep))), wanted)
 
 
 def test_take_rows_keeps_heads_together():

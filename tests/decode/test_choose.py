@@ -83,7 +83,7 @@ def draws(sampling, logits, n=4000):
     ids=str,
 )
 def test_draws_follow_the_filtered_softmax(sampling):
-    """Chi-square over 4,000 draws; the same draws must fail against the unfiltered, unwarmed softmax of other logits."""
+    """Chi-square over 4,000 draws; the same draws must fail against a softmax of other logits."""
     logits = np.random.default_rng(1).normal(0, 1.5, VOCAB)
     warm = logits / sampling.temperature
     alive = sorted_keep(warm, sampling.top_k, sampling.top_p, 0)

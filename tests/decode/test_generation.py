@@ -10,7 +10,8 @@ import pytest
 import kvjax
 from kvjax import Sampling
 from kvjax.cache import Dense
-from kvjax.decode import REASONS, state
+from kvjax.decode import REASONS
+from tests.compiles import Compiles
 from tests.tiny import prompts, tiny
 
 KEY = jax.random.key(11)
@@ -116,11 +117,12 @@ def test_the_loop_ends_early():
 def test_lengths_and_settings_cost_no_compile():
     tokens = prompts(4, 2, 5)
     kvjax.generate(*new(2), tokens, max_new=16, key=KEY, sampling=WARM)
-    before = state._advance._cache_size(), state.first._cache_size()
-    for max_new, sampling in ((9, Sampling()), (13, [WARM, Sampling(top_k=3, limit=4)]), (16, Sampling(banned=[2]))):
-        kvjax.generate(*new(2), tokens, max_new=max_new, key=KEY, sampling=sampling)
-        run(*new(2), tokens[:, :4], max_new=max_new, key=KEY, sampling=sampling)
-    assert (state._advance._cache_size(), state.first._cache_size()) == before
+    with Compiles() as compiles:
+        several = [WARM, Sampling(top_k=3, limit=4)]
+        for max_new, sampling in ((9, Sampling()), (13, several), (16, Sampling(banned=[2]))):
+            kvjax.generate(*new(2), tokens, max_new=max_new, key=KEY, sampling=sampling)
+            run(*new(2), tokens[:, :4], max_new=max_new, key=KEY, sampling=sampling)
+    assert compiles.of("_advance") == compiles.of("first") == compiles.of("_chunk") == 0
 
 
 def test_all_of_a_capacity_can_be_used():

@@ -10,7 +10,8 @@ import pytest
 
 import kvjax
 from kvjax.cache import Dense, Ring
-from kvjax.decode import BUCKETS, begin, rules, state, step
+from kvjax.decode import BUCKETS, begin, rules, state
+from tests.compiles import Compiles
 from tests.tiny import prompts, tiny
 
 
@@ -44,30 +45,35 @@ def test_lists_of_different_lengths_are_padded():
 
 
 def test_a_thousand_lengths_cost_a_compile_a_bucket():
+    model, params = tiny("qwen2")
+    with Compiles() as compiles:
+        for length in [*range(1, 1000, 9), 512, 513, 1000]:
+            cache = Dense().init(model, batch=1, capacity=1024)
+            kvjax.prefill(model, params, cache, np.ones((1, length), np.int32))
+    assert compiles.of("_chunk") == len(BUCKETS)
+
+
+def test_every_length_finds_its_bucket():
+    """What the compile count above samples, for all lengths, by shapes alone."""
     model, params = tiny()
-    sizes = step._chunk._cache_size
-    before = sizes()
-    for length in range(1, 1001):
-        cache = Dense().shapes(model, batch=1, capacity=1024)
-        jax.eval_shape(lambda c, n=length: kvjax.prefill(model, params, c, np.ones((1, n), np.int32)), cache)
-    compiled = set()
-    for length in [*range(1, 600, 7), 512, 513, 999, 1000]:
-        cache = Dense().init(model, batch=1, capacity=1024)
-        kvjax.prefill(model, params, cache, np.ones((1, length), np.int32))
-        compiled.add(sizes())
-    assert sizes() - before <= len(BUCKETS)
+    cache = Dense().shapes(model, batch=1, capacity=1024)
+    for length in range(1, 1001, 37):
+        logits, after = jax.eval_shape(
+            lambda c, n=length: kvjax.prefill(model, params, c, np.ones((1, n), np.int32)), cache
+        )
+        assert logits.shape == (1, 61)
+        assert after.layers[0].k.shape == cache.layers[0].k.shape
 
 
 def test_decode_step_traces_once():
-    model, params = tiny()
+    model, params = tiny("qwen2")
     cache = Dense().init(model, batch=2, capacity=16)
     _, cache = kvjax.prefill(model, params, cache, prompts(0, 2, 3))
-    _, cache = kvjax.decode_step(model, params, cache, jnp.array([1, 2]))
-    before = kvjax.decode_step._cache_size()
-    for token in (jnp.array([3, 4]), np.array([5, 6], np.int32)):
-        logits, cache = kvjax.decode_step(model, params, cache, token)
-        _, cache = kvjax.decode_step(model, params, cache, logits.argmax(-1).astype(jnp.int32))
-    assert kvjax.decode_step._cache_size() == before
+    with Compiles() as compiles:
+        for token in (jnp.array([3, 4]), np.array([5, 6], np.int32)):
+            logits, cache = kvjax.decode_step(model, params, cache, token)
+            _, cache = kvjax.decode_step(model, params, cache, logits.argmax(-1).astype(jnp.int32))
+    assert compiles.of("decode_step") == 1
 
 
 def compiled(name: str, strategy, batch: int):

@@ -137,6 +137,9 @@ def test_a_model_survives(name, golden, tmp_path):
     assert again.encode("a b c") == tokenizer.encode("a b c")
     half = kvjax.load(tmp_path / "model", precision=kvjax.Precision(params="bfloat16"))
     chex.assert_trees_all_equal_shapes_and_dtypes(half.params, kvjax.param_shapes(half.model))
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"kvjax\.json: .*tokenizer\.json cannot be read"):
+        kvjax.load(tmp_path / "model")
 
 
 def test_a_spoilt_model_is_said(golden, tmp_path):

@@ -64,6 +64,12 @@ def test_qwen_windows_need_their_switch(golden):
         ("llama2", {"num_key_value_heads": 3}, "must be a multiple of `kv_heads`"),
         ("qwen2", {"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
         ("qwen2", {"layer_types": ["full_attention"]}, "1 entries for 2 layers"),
+        (
+            "mistral_window",
+            {"sliding_window": "wide"},
+            "`sliding_window` must be a positive integer or null, got 'wide'",
+        ),
+        ("gemma2", {"sliding_window": 0}, "`sliding_window` must be"),
         ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ],

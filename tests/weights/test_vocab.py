@@ -1,10 +1,13 @@
 """Token ids against llama.cpp's; golden ids by tests/golden/make_tokens.py."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import gguf
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvjax.weights.gguf_file import read_gguf
 from kvjax.weights.vocab import PRE_TOKENIZERS, from_folder, from_gguf
@@ -95,6 +98,17 @@ def test_tokenizer_json_gives_the_same(name, tokenizers, tmp_path):
     for text in GOLDEN["texts"]:
         assert read.encode(text) == made.encode(text)
         assert read.decode(read.encode(text)) == made.decode(made.encode(text))
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["smollm", "spm"]), at=st.integers(0, 13_000), value=st.integers(0, 255))
+def test_a_changed_byte_is_a_vocabulary_or_a_value_error(name, at, value, golden, tmp_path):
+    content = bytearray((golden / "tokens" / f"{name}.gguf").read_bytes())
+    content[at % len(content)] = value
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with contextlib.suppress(ValueError):
+        tokenizer = from_gguf(read_gguf(tmp_path / "bad.gguf"))
+        assert tokenizer is None or len(tokenizer.token_bytes()) >= tokenizer.vocab
 
 
 def test_a_corrupt_tokenizer_json_names_the_file(tmp_path):

@@ -1,0 +1,231 @@
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import kvjax
+from kvjax import cli
+from tests.cli_model import bytes_tokenizer, call, environment, save_tiny, start
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A cache folder that these tests share, so that later ones start from compiled programs."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_positions=1 << 16))
+
+
+def generate(home, model, *args, **more):
+    return call(home, "generate", *args, "--model", model, **more)
+
+
+def parsed(result):
+    code, out, err = result
+    assert code == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def expected(model, prompt, max_new, capacity=256, **sampling):
+    net, params, tokenizer = kvjax.load(model)
+    cache = kvjax.cache.Dense().init(net, batch=1, capacity=capacity)
+    rules = kvjax.Sampling(stop=tokenizer.stop_ids, **sampling)
+    ids = [tokenizer.encode(prompt)]
+    out = kvjax.generate(net, params, cache, ids, max_new=max_new, sampling=rules, tokenizer=tokenizer)
+    return out.tokens[0, : int(out.lengths[0])].tolist()
+
+
+def test_generate_json_is_what_generate_gives(home, model):
+    result = parsed(generate(home, model, "Hello", "--max-new", "12", "--json", "--raw"))
+    assert result["tokens"] == expected(model, "Hello", 12)
+    assert result["prompt_tokens"] == 5 and result["new_tokens"] == len(result["tokens"])
+    assert result["reason"] in ("limit", "stop token")
+    assert result["cache_bytes"] == 2 * 2 * 2 * 8 * 256 * 4 + 2 * 256 * 4 + 4
+    assert result["first_token_s"] > 0 and result["load_s"] > 0 and result["ms_per_token"] > 0
+
+
+def test_generate_streams_whole_characters_and_one_summary_line(home, model):
+    args = ("Hello", "--max-new", "40", "--raw")
+    code, out, err = generate(home, model, *args)
+    assert code == 0
+    assert out == parsed(generate(home, model, *args, "--json"))["text"] + "\n"
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    for word in ("tokens", "first after", "ms a token", "cache 67.6 kB", "ended by"):
+        assert word in lines[0]
+
+
+def test_generate_reads_standard_input_and_applies_the_chat_template(home, model):
+    result = parsed(generate(home, model, "-", "--max-new", "4", "--json", text="hé\n"))
+    prompt = bytes_tokenizer().chat([{"role": "user", "content": "hé\n"}])
+    assert result["prompt_tokens"] == len(bytes_tokenizer().encode(prompt))
+    assert result["tokens"] == expected(model, prompt, 4)
+
+
+def test_generate_cuts_at_a_stop_text(home, model):
+    whole = parsed(generate(home, model, "Hello", "--max-new", "40", "--json", "--raw"))["text"]
+    stop = next(whole[i : i + 2] for i in range(5, len(whole)) if whole[i : i + 2].isascii())
+    args = ("Hello", "--max-new", "40", "--raw", "--stop", stop)
+    result = parsed(generate(home, model, *args, "--json"))
+    assert result["text"] == whole[: whole.index(stop)]
+    assert result["reason"] == "stop string"
+    assert generate(home, model, *args)[1] == result["text"] + "\n"
+
+
+def test_generate_samples_by_seed_and_other_caches(home, model):
+    def tokens(*args):
+        return parsed(generate(home, model, "Hello", "--max-new", "12", "--json", "--raw", *args))["tokens"]
+
+    warm = ("--temperature", "1.5", "--top-k", "50")
+    assert tokens(*warm, "--seed", "3") == tokens(*warm, "--seed", "3") != tokens(*warm, "--seed", "4")
+    assert tokens("--cache", "ring:window=64,sinks=2") == tokens()
+
+
+BAD = {
+    "empty prompt": (["generate", ""], "the prompt is empty"),
+    "no such model": (["generate", "x", "--model", "/nowhere.gguf"], "'/nowhere.gguf' does not exist"),
+    "unknown cache": (["generate", "x", "--cache", "dence"], "expected one of dense, ring, got 'dence'; did you mean"),
+    "unknown cache setting": (["generate", "x", "--cache", "ring:windows=3"], "ring has the settings window, sinks"),
+    "bad cache setting": (["generate", "x", "--cache", "ring:window=0"], "`window` must be at least 1"),
+    "cache setting of another type": (["generate", "x", "--cache", "ring:window=a"], "wrong type"),
+    "prompt beyond the capacity": (["generate", "x" * 40, "--capacity", "32"], "--capacity is 32"),
+    "max-new beyond the model": (["generate", "x", "--max-new", "100000"], "65536: give --max-new"),
+    "max-new of nothing": (["generate", "x", "--max-new", "0"], "`max_new` must be at least 1"),
+    "bad temperature": (["generate", "x", "--temperature", "-1"], "`temperature` must be finite and at least 0"),
+    "no such config": (["experiment", "nothing"], "'nothing' is no file"),
+}
+
+
+@pytest.mark.parametrize(("args", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(args, sentence, model, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("KVJAX_COMPILE_CACHE", "0")
+    monkeypatch.setenv("KVJAX_CACHE", str(tmp_path))
+    if args[0] == "generate" and "--model" not in args:
+        args = [*args, "--model", model]
+    assert cli.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and sentence in err and err.count("\n") == 1 and err.startswith("kvjax: ")
+
+
+def test_debug_keeps_the_traceback(monkeypatch):
+    monkeypatch.setenv("KVJAX_DEBUG", "1")
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        cli.main(["generate", ""])
+
+
+@pytest.mark.parametrize("args", [["generate"], ["generate", "x", "--max-new", "many"], ["sing"], []], ids=str)
+def test_wrong_arguments_exit_with_2(args, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(args)
+    assert exit.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "doctor", "experiment"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and f"kvjax {command}" in out and "Example:" in out
+
+
+def test_help_loads_no_jax(home):
+    code = (
+        "import sys\nfrom kvjax.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(f'loaded: {loaded}' if (loaded := {'jax', 'numpy', 'flax'} & set(sys.modules)) else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment(home), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_interrupted_generation_exits_with_130(home, model):
+    process = start(home, "generate", "Hello", "--raw", "--max-new", "60000", "--model", model)
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+def test_reader_that_leaves_ends_it_quietly(home, model):
+    process = start(home, "generate", "Hello", "--raw", "--max-new", "60000", "--model", model)
+    assert process.stdout.read(20)
+    process.stdout.close()
+    assert process.wait(timeout=30) == cli.PIPE_CLOSED
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    process.stdin.close()
+
+
+def test_terminal_is_left_whole_by_ctrl_c(home, model):
+    """On a real terminal the spinner hides the cursor; however the run ends, it is shown again."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "kvjax", "generate", "Hello", "--raw", "--max-new", "60000", "--model", model]
+    process = subprocess.Popen(command, env=environment(home, TERM="xterm"), stderr=follower, stdout=subprocess.DEVNULL)
+    os.close(follower)
+    seen, sent, deadline = b"", False, time.monotonic() + 40
+    while time.monotonic() < deadline:
+        if select.select([leader], [], [], 0.2)[0]:
+            try:
+                chunk = os.read(leader, 4096)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            seen += chunk
+        if not sent and b"loading" in seen:
+            process.send_signal(signal.SIGINT)
+            sent = True
+    os.close(leader)
+    assert process.wait(timeout=30) == 130
+    hidden, shown = seen.rfind(b"\x1b[?25l"), seen.rfind(b"\x1b[?25h")
+    assert 0 <= hidden < shown and b"Traceback" not in seen
+
+
+def test_doctor(home):
+    code, out, _ = call(home, "doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["ok"] and not found["missing"]
+    assert found["versions"]["kvjax"] == kvjax.__version__ and found["versions"]["jax"]
+    assert found["devices"] and found["kernels"]["path"].endswith("kernels/__init__.py")
+    assert found["cache_folder"]["path"] == str(home) and found["compile_cache"]["writable"]
+    assert all(line.startswith("pip install") for line in found["installs"].values())
+
+
+def test_doctor_tells_a_shadowed_kernels_and_a_missing_part(tmp_path, monkeypatch, capsys):
+    from kvjax.terminal import doctor
+
+    fake = tmp_path / "kernels"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("__version__ = '9'\n")
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from kvjax.cli import main; sys.exit(main(['doctor']))"
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert f"{fake / '__init__.py'} hides kvjax's own module `kernels`" in run.stdout
+
+    monkeypatch.setitem(doctor.NEEDED, "nosuchpackage", "nosuchpackage.inner")
+    assert doctor.run(as_json=False) == 1
+    assert "missing: nosuchpackage. pip install nosuchpackage" in capsys.readouterr().out
+
+
+@pytest.mark.real
+def test_the_real_model_answers(home):
+    result = parsed(call(home, "generate", "What is the capital of France?", "--json", KVJAX_CACHE=str(_user_cache())))
+    assert result["text"] == "The capital of France is Paris."
+    assert result["reason"] == "stop token"
+
+
+def _user_cache():
+    from kvjax.paths import cache_dir
+
+    return cache_dir()
