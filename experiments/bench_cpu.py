@@ -75,7 +75,7 @@ ENGINES = {
     "transformers dynamic": Kind("transformers", {"cache": "dynamic"}, needs=_TORCH),
     "transformers static": Kind("transformers", {"cache": "static"}, needs=_TORCH),
     "transformers compiled": Kind("transformers", {"cache": "static", "compiled": True}, needs=_TORCH),
-    "llama.cpp F32": Kind("llama.cpp", {}, "F32", _LLAMA),
+    "llama.cpp F32": Kind("llama.cpp", {"kv": ["f16", "f32"]}, "F32", _LLAMA),  # 8-bit keys are other work
     "llama.cpp Q8_0": Kind("llama.cpp", {}, "Q8_0", _LLAMA),
     "llama.cpp Q4_1": Kind("llama.cpp", {}, None, _LLAMA),
 }

@@ -6,6 +6,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
@@ -80,9 +81,9 @@ def pairs(args: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _named(key: str, kinds: Mapping[str, Any], where: str) -> str:
-    if key not in kinds:
-        close = difflib.get_close_matches(key, list(kinds), n=1)
+def _named(key: object, kinds: Mapping[str, Any], where: str) -> str:
+    if not isinstance(key, str) or key not in kinds:  # YAML 1.1 reads the key `on` as true
+        close = difflib.get_close_matches(str(key), list(kinds), n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(kinds)}"
         raise ValueError(f"{where}: unknown key {key!r}; {hint}")
     return key
@@ -121,6 +122,9 @@ def _fit(key: str, value: Any, kind: Any) -> Any:
         return value
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    elif kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a text
+        with suppress(ValueError):
+            return float(value)
     elif isinstance(kind, type) and type(value) is kind:
         return value
     raise ValueError(f"experiment: `{key}` must be {spell(kind)}, got {value!r}")

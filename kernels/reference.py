@@ -12,8 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+TILE = 128
+"""Queries scored at once, so that their logits stay in a core's cache."""
+
 BLOCK = 512
-"""Key slots scored at once when many queries meet many slots, so that memory stays linear."""
+"""Slots scored at once when many queries meet many slots, so that memory does not grow with both."""
+
+FEW = TILE * 4 * BLOCK
+"""Pairs of a query and a slot up to which all slots are scored at once."""
 
 Partial = tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]
 
@@ -71,15 +77,14 @@ def attend(
         raise ValueError(
             f"attend: `q` has {batch} rows of {heads} heads, which `k` with {k.shape[0]} rows cannot serve"
         )
+    if width > TILE:
+        return _tiles(q, k, v, positions, slots, mask)
     group = heads // kv_heads
     folded = q.reshape(batch, width, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
     folded = folded.reshape(k.shape[0], group * width, dim)
 
     def piece(k, v, slots) -> _State:
-        logits = jax.lax.dot_general(
-            folded, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
-        )
-        logits = (logits * mask.scale).reshape(batch, heads, width, -1)
+        logits = (_scores(folded, k) * mask.scale).reshape(batch, heads, width, -1)
         if mask.softcap is not None:
             logits = mask.softcap * jnp.tanh(logits / mask.softcap)
         seen = visible(positions, slots, mask)[:, None]
@@ -91,7 +96,7 @@ def attend(
         out = jax.lax.dot_general(packed, v, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
         return out.reshape(batch, heads, width, dim), peak, total
 
-    out, peak, total = piece(k, v, slots) if width * k.shape[1] <= BLOCK * BLOCK else _blocks(piece, k, v, slots)
+    out, peak, total = piece(k, v, slots) if width * k.shape[1] <= FEW else _blocks(piece, k, v, slots)
     out = out / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
     return out.swapaxes(1, 2).astype(q.dtype), lse.swapaxes(1, 2)
@@ -112,7 +117,39 @@ def merge(left: Partial, right: Partial) -> Partial:
     return out.astype(out_a.dtype), lse
 
 
+def _scores(
+    q: Float[Array, "rows queries head_dim"], k: Float[Array, "rows slots head_dim"]
+) -> Float[Array, "rows queries slots"]:
+    """`q @ k.T` a row, in float32. On a CPU a few queries go one at a time: XLA is faster at matrix times vector."""
+
+    def together(q, k):
+        return jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+    def one_by_one(q, k):
+        each = [
+            jax.lax.dot_general(k, q[:, i], (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+            for i in range(q.shape[1])
+        ]
+        return jnp.stack(each, axis=1)
+
+    if q.shape[1] > 8:
+        return together(q, k)
+    return jax.lax.platform_dependent(q, k, cpu=one_by_one, default=together)
+
+
 _State = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]
+
+
+def _tiles(q, k, v, positions, slots, mask: Mask) -> Partial:
+    """`attend`, a tile of queries after the other; those that fill up the last tile see nothing."""
+    batch, width = positions.shape
+    pad = -width % TILE
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=-1)
+    tiles = [x.reshape(batch, -1, TILE, *x.shape[2:]).swapaxes(0, 1) for x in (q, positions)]
+    parts = jax.lax.map(lambda tile: attend(tile[0], k, v, tile[1], slots, mask), tuple(tiles))
+    out, lse = (x.swapaxes(0, 1).reshape(batch, width + pad, *x.shape[3:])[:, :width] for x in parts)
+    return out, lse
 
 
 def _blocks(piece, k, v, slots) -> _State:

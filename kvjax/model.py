@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax.cache.attention import Mask, attend, by_head
 from kvjax.cache.base import Cache, LayerCache
 from kvjax.config import ModelConfig, Precision
+from kvjax.product import product
 from kvjax.rope import rotate
 
 Params = Any
@@ -42,7 +43,7 @@ class Linear(nn.Module):
         dtype = jnp.dtype(self.precision.compute)
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.precision.params)
-        y = _product(x.astype(dtype), kernel.astype(dtype))
+        y = product(x.astype(dtype), kernel.astype(dtype))
         if not self.bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.precision.params)
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
             x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         x = Norm(c, name="norm")(x)
         head = embed if c.tied else self.param("head", nn.initializers.normal(0.02), embed.shape, p.params)
-        logits = _product(x, head.astype(p.compute)).astype(p.logits)
+        logits = product(x, head.astype(p.compute)).astype(p.logits)
         if c.logit_softcap is not None:
             logits = jnp.tanh(logits / c.logit_softcap) * c.logit_softcap
         if last:
@@ -226,11 +227,4 @@ def _init_layers(key, blocks, shape, dtype):
     """A tuple of layer params; Flax treats whatever an initializer returns as one parameter."""
     x, at = jnp.zeros(shape, dtype), jnp.zeros(shape[:2], jnp.int32)
     keys = jax.random.split(key, len(blocks))
-    return tuple(
-        block.init(k, x, at, at == 0, None)["params"] for block, k in zip(blocks, keys, strict=True)
-    )
-
-
-def _product(x: Float[Array, "batch width inputs"], kernel: Float[Array, "outputs inputs"]):
-    return jax.lax.dot_general(x, kernel, (((2,), (1,)), ((), ())))
-
+    return tuple(block.init(k, x, at, at == 0, None)["params"] for block, k in zip(blocks, keys, strict=True))

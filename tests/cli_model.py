@@ -1,5 +1,6 @@
 """A tiny random model with a tokenizer, saved to a folder, and processes of the command line that use it."""
 
+import io
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 import kvjax
+from kvjax import cli
 from kvjax.weights import Tokenizer
 from kvjax.weights.tokenizer import byte_alphabet
 from tests.tiny import LLAMA
@@ -47,6 +49,19 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """This process's, with folders of its own and the modules of this checkout."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("KVJAX_", "JAX_"))}
     return kept | {"KVJAX_CACHE": str(home), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more
+
+
+def in_process(home: Path, monkeypatch, capsys):
+    """The command line in this process, where programs stay compiled: call it as `call`, without a home."""
+    monkeypatch.setenv("KVJAX_CACHE", str(home))
+    monkeypatch.setenv("KVJAX_COMPILE_CACHE", "0")
+
+    def call(*args: str, text: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        code = cli.main(list(args))
+        return code, *capsys.readouterr()
+
+    return call
 
 
 def start(home: Path, *args: str, **env: str) -> subprocess.Popen:

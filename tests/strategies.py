@@ -42,18 +42,14 @@ def _stream(model, params, cache, tokens, lengths, new):
 
 def _traced(model, params, cache, tokens, lengths, new):
     whole = jax.jit(
-        lambda params, cache, tokens, lengths: kvjax.generate(
-            model, params, cache, tokens, lengths, max_new=new
-        ).tokens
+        lambda params, cache, tokens, lengths: kvjax.generate(model, params, cache, tokens, lengths, max_new=new).tokens
     )
     return np.asarray(whole(params, cache, tokens, lengths))
 
 
 def _sampled(model, params, cache, tokens, lengths, new):
     only_best = kvjax.Sampling(temperature=0.7, top_k=1)
-    out = kvjax.generate(
-        model, params, cache, tokens, lengths, max_new=new, key=jax.random.key(0), sampling=only_best
-    )
+    out = kvjax.generate(model, params, cache, tokens, lengths, max_new=new, key=jax.random.key(0), sampling=only_best)
     return np.asarray(out.tokens)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import kvjax
 from kvjax import cli
-from tests.cli_model import bytes_tokenizer, call, environment, save_tiny, start
+from tests.cli_model import bytes_tokenizer, call, environment, in_process, save_tiny, start
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,14 @@ def model(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_positions=1 << 16))
 
 
-def generate(home, model, *args, **more):
-    return call(home, "generate", *args, "--model", model, **more)
+@pytest.fixture
+def kvjax_here(tmp_path, monkeypatch, capsys):
+    return in_process(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def generate(kvjax_here, model):
+    return lambda *args, text="": kvjax_here("generate", *args, "--model", model, text=text)
 
 
 def parsed(result):
@@ -45,8 +51,8 @@ def expected(model, prompt, max_new, capacity=256, **sampling):
     return out.tokens[0, : int(out.lengths[0])].tolist()
 
 
-def test_generate_json_is_what_generate_gives(home, model):
-    result = parsed(generate(home, model, "Hello", "--max-new", "12", "--json", "--raw"))
+def test_generate_json_is_what_generate_gives(generate, model):
+    result = parsed(generate("Hello", "--max-new", "12", "--json", "--raw"))
     assert result["tokens"] == expected(model, "Hello", 12)
     assert result["prompt_tokens"] == 5 and result["new_tokens"] == len(result["tokens"])
     assert result["reason"] in ("limit", "stop token")
@@ -54,37 +60,37 @@ def test_generate_json_is_what_generate_gives(home, model):
     assert result["first_token_s"] > 0 and result["load_s"] > 0 and result["ms_per_token"] > 0
 
 
-def test_generate_streams_whole_characters_and_one_summary_line(home, model):
+def test_generate_streams_whole_characters_and_one_summary_line(generate, model):
     args = ("Hello", "--max-new", "40", "--raw")
-    code, out, err = generate(home, model, *args)
+    code, out, err = generate(*args)
     assert code == 0
-    assert out == parsed(generate(home, model, *args, "--json"))["text"] + "\n"
+    assert out == parsed(generate(*args, "--json"))["text"] + "\n"
     lines = err.strip().splitlines()
     assert len(lines) == 1, err
     for word in ("tokens", "first after", "ms a token", "cache 67.6 kB", "ended by"):
         assert word in lines[0]
 
 
-def test_generate_reads_standard_input_and_applies_the_chat_template(home, model):
-    result = parsed(generate(home, model, "-", "--max-new", "4", "--json", text="hé\n"))
+def test_generate_reads_standard_input_and_applies_the_chat_template(generate, model):
+    result = parsed(generate("-", "--max-new", "4", "--json", text="hé\n"))
     prompt = bytes_tokenizer().chat([{"role": "user", "content": "hé\n"}])
     assert result["prompt_tokens"] == len(bytes_tokenizer().encode(prompt))
     assert result["tokens"] == expected(model, prompt, 4)
 
 
-def test_generate_cuts_at_a_stop_text(home, model):
-    whole = parsed(generate(home, model, "Hello", "--max-new", "40", "--json", "--raw"))["text"]
+def test_generate_cuts_at_a_stop_text(generate, model):
+    whole = parsed(generate("Hello", "--max-new", "40", "--json", "--raw"))["text"]
     stop = next(whole[i : i + 2] for i in range(5, len(whole)) if whole[i : i + 2].isascii())
     args = ("Hello", "--max-new", "40", "--raw", "--stop", stop)
-    result = parsed(generate(home, model, *args, "--json"))
+    result = parsed(generate(*args, "--json"))
     assert result["text"] == whole[: whole.index(stop)]
     assert result["reason"] == "stop string"
-    assert generate(home, model, *args)[1] == result["text"] + "\n"
+    assert generate(*args)[1] == result["text"] + "\n"
 
 
-def test_generate_samples_by_seed_and_other_caches(home, model):
+def test_generate_samples_by_seed_and_other_caches(generate, model):
     def tokens(*args):
-        return parsed(generate(home, model, "Hello", "--max-new", "12", "--json", "--raw", *args))["tokens"]
+        return parsed(generate("Hello", "--max-new", "12", "--json", "--raw", *args))["tokens"]
 
     warm = ("--temperature", "1.5", "--top-k", "50")
     assert tokens(*warm, "--seed", "3") == tokens(*warm, "--seed", "3") != tokens(*warm, "--seed", "4")
@@ -107,13 +113,11 @@ BAD = {
 
 
 @pytest.mark.parametrize(("args", "sentence"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence_and_exit_code_2(args, sentence, model, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("KVJAX_COMPILE_CACHE", "0")
-    monkeypatch.setenv("KVJAX_CACHE", str(tmp_path))
+def test_bad_input_is_one_sentence_and_exit_code_2(args, sentence, model, kvjax_here):
     if args[0] == "generate" and "--model" not in args:
         args = [*args, "--model", model]
-    assert cli.main(args) == 2
-    out, err = capsys.readouterr()
+    code, out, err = kvjax_here(*args)
+    assert code == 2
     assert out == "" and sentence in err and err.count("\n") == 1 and err.startswith("kvjax: ")
 
 
@@ -136,6 +140,14 @@ def test_help_has_an_example(command, capsys):
         cli.main([command, "--help"])
     out = capsys.readouterr().out
     assert exit.value.code == 0 and f"kvjax {command}" in out and "Example:" in out
+
+
+def test_a_process_streams_the_same_text_twice(home, model):
+    """The second start finds its programs compiled, and must not run others."""
+    args = ("generate", "Hello", "--raw", "--max-new", "12", "--model", model)
+    first, second = call(home, *args), call(home, *args)
+    assert first[:2] == second[:2] and first[0] == 0 and len(first[1]) > 1
+    assert any((home / "compiled").iterdir())
 
 
 def test_help_loads_no_jax(home):

@@ -7,7 +7,7 @@ import pytest
 
 from kvjax.terminal.answer import Answer
 from kvjax.terminal.conversation import Conversation, ask, begin, told
-from tests.cli_model import END, bytes_tokenizer, call, save_tiny, start
+from tests.cli_model import END, bytes_tokenizer, in_process, save_tiny, start
 
 TOKENIZER = bytes_tokenizer()
 
@@ -48,19 +48,32 @@ def test_nothing_is_held_without_a_cache():
     assert Conversation().held == 0
 
 
-def chat(home, model, text, *args):
-    code, out, err = call(home, "chat", "--model", model, "--max-new", "8", *args, text=text)
-    assert code == 0, err
-    return out, err
+@pytest.fixture
+def kvjax_here(tmp_path, monkeypatch, capsys):
+    return in_process(tmp_path, monkeypatch, capsys)
 
 
-def turns(home, model, text, *args):
-    out, err = chat(home, model, text, "--json", *args)
-    return [json.loads(line) for line in out.splitlines()], err
+@pytest.fixture
+def chat(kvjax_here, model):
+    def chat(text, *args):
+        code, out, err = kvjax_here("chat", "--model", model, "--max-new", "8", *args, text=text)
+        assert code == 0, err
+        return out, err
+
+    return chat
 
 
-def test_later_turns_read_only_what_is_new_and_answer_as_if_read_at_once(home, model):
-    both, _ = turns(home, model, "Hello\nAgain\n")
+@pytest.fixture
+def turns(chat):
+    def turns(text, *args):
+        out, err = chat(text, "--json", *args)
+        return [json.loads(line) for line in out.splitlines()], err
+
+    return turns
+
+
+def test_later_turns_read_only_what_is_new_and_answer_as_if_read_at_once(turns, model):
+    both, _ = turns("Hello\nAgain\n")
     assert len(both) == 2
     rest = TOKENIZER.encode("\n<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n")
     if both[0]["reason"] != "stop token":
@@ -82,24 +95,24 @@ def whole_prompt(model, ids, max_new):
     return out.tokens[0, : int(out.lengths[0])].tolist()
 
 
-def test_reset_system_and_unknown_commands(home, model):
+def test_reset_system_and_unknown_commands(turns):
     script = "Hello\n/reset\nHello\n/system Be brief.\nHello\n/sing\n/help\n/quit\nnever read\n"
-    answers, err = turns(home, model, script)
+    answers, err = turns(script)
     assert len(answers) == 3
     assert answers[0]["tokens"] == answers[1]["tokens"]
     assert answers[1]["prompt_tokens"] == answers[0]["prompt_tokens"] < answers[2]["prompt_tokens"]
     assert "There is no command /sing" in err and err.count("/reset ") >= 2
 
 
-def test_a_full_context_says_what_to_do_and_goes_on(home, model):
-    answers, err = turns(home, model, f"Hello\n{'x' * 80}\n/reset\nHello\n", "--capacity", "64")
+def test_a_full_context_says_what_to_do_and_goes_on(turns):
+    answers, err = turns(f"Hello\n{'x' * 80}\n/reset\nHello\n", "--capacity", "64")
     assert len(answers) == 2 and answers[0]["tokens"] == answers[1]["tokens"]
     assert "The context is full" in err and "/reset" in err and "--capacity" in err
 
 
-def test_plain_output_shows_text_and_speed(home, model):
-    out, err = chat(home, model, "Hello\n")
-    answer = turns(home, model, "Hello\n")[0][0]
+def test_plain_output_shows_text_and_speed(chat, turns):
+    out, err = chat("Hello\n")
+    answer = turns("Hello\n")[0][0]
     assert out == answer["text"] + "\n"
     assert f"{answer['prompt_tokens']} tokens read" in err and "tok/s" in err
 

@@ -24,7 +24,7 @@ class Hugging:
         source = path.parent if where else path
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where).eval()
         self.cache = cache
-        self.step = torch.compile(self.model.forward) if compiled else self.model.forward
+        self.step = torch.compile(self.model.forward, dynamic=False) if compiled else self.model.forward
         self.settings = f"{cache} cache, sdpa" + (", torch.compile of the step" if compiled else "")
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import llama_cpp as c  # ty: ignore[import-not-found]  # an optional peer
@@ -36,7 +37,7 @@ class Settings:
 class Llama:
     """A model file; contexts are made for each measurement, outside the clock."""
 
-    def __init__(self, model: str, threads: int, repack: bool):
+    def __init__(self, model: str, threads: int, repack: bool, kv: Sequence[str]):
         c.llama_backend_init()
         c.llama_log_set(_quiet, None)
         params = c.llama_model_default_params()
@@ -45,7 +46,7 @@ class Llama:
         if not self.model:
             raise ValueError(f"llama.cpp: {model} cannot be loaded")
         self.vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
-        self.threads, self.repack = threads, repack
+        self.threads, self.repack, self.kv = threads, repack, kv
         self.best: dict[str, Settings] = {}
 
     def measure(self, work: Work) -> Timing:
@@ -58,7 +59,7 @@ class Llama:
     def _tune(self, work: Work) -> Settings:
         """Try every setting that bears on the work, and once more the two fastest."""
         short = replace(work, new=min(work.new, TUNING_TOKENS))
-        flash_kv = ((True, "f16"), (True, "f32"), (True, "q8_0"), (False, "f16"), (False, "f32"))
+        flash_kv = [(flash, kv) for kv in self.kv for flash in (True, False) if flash or kv != "q8_0"]
         ubatches = (512,) if work.new else (512, 256, 128)
         unified = (False, True) if work.batch > 1 else (False,)
         options = [
@@ -130,16 +131,16 @@ def _quiet(level, text, data) -> None:
 
 _PROBE = (
     "import sys; sys.path.append(sys.argv[1]); from experiments.peers import llama; "
-    "llama.Llama(sys.argv[2], int(sys.argv[3]), True).measure(llama.Work('decode-1-64', [[1] * 64], 1))"
+    "llama.Llama(sys.argv[2], int(sys.argv[3]), True, ['f16']).measure(llama.Work('decode-1-64', [[1] * 64], 1))"
 )
 
 
-def make(model: str, threads: int) -> Llama:
-    """The engine.
+def make(model: str, threads: int, kv: Sequence[str] = tuple(TYPES)) -> Llama:
+    """The engine; `kv` are the K/V types that tuning may choose.
 
     llama.cpp repacks quantised weights for the processor's matrix units, and where a virtual machine forbids those
     it dies of it. So that is tried in another process first.
     """
     probe = [sys.executable, "-c", _PROBE, str(ROOT), model, str(threads)]
     lives = subprocess.run(probe, capture_output=True, timeout=300, check=False).returncode == 0
-    return Llama(model, threads, repack=lives)
+    return Llama(model, threads, repack=lives, kv=kv)

@@ -119,8 +119,7 @@ class Strategy:
                 f"learned positions, got {capacity}"
             )
         specs = [
-            LayerSpec(batch, capacity, c.kv_heads, c.head_dim, window, model.precision.cache)
-            for window in c.windows
+            LayerSpec(batch, capacity, c.kv_heads, c.head_dim, window, model.precision.cache) for window in c.windows
         ]
         layers = tuple(self.layer(spec) for spec in specs)
         return Cache(layers, jnp.zeros(batch, jnp.int32), c, self)

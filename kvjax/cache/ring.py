@@ -76,9 +76,7 @@ class RingLayer:
             where, at = (jnp.repeat(x, each, axis=0)[..., None] for x in (taken, index))
             return jnp.where(where, jnp.take_along_axis(new, at, axis=1), old)
 
-        return replace(
-            self, k=blend(self.k, k), v=blend(self.v, v), positions=jnp.where(taken, source, self.positions)
-        )
+        return replace(self, k=blend(self.k, k), v=blend(self.v, v), positions=jnp.where(taken, source, self.positions))
 
 
 @dataclass(frozen=True)

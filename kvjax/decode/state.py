@@ -144,9 +144,7 @@ def _advance(model, params, state: State, rules: Rules, steps):
 def _report(state: State, begun: Int[Array, ""]):
     """The state, and copies of the column written last, -1 if none was since `begun`."""
     at = jnp.maximum(state.step - 1, 0)
-    token, logprob = (
-        jax.lax.dynamic_index_in_dim(x, at, 1, keepdims=False) for x in (state.tokens, state.logprobs)
-    )
+    token, logprob = (jax.lax.dynamic_index_in_dim(x, at, 1, keepdims=False) for x in (state.tokens, state.logprobs))
     fresh = state.step > begun
     return state, jnp.where(fresh, token, -1), jnp.where(fresh, logprob, 0.0), state.reason + 0
 

@@ -97,9 +97,7 @@ def _turn(command: Chat, session: Session, before: Conversation, message: str, n
                     sys.stdout.write(piece)
                     sys.stdout.flush()
 
-            answer = speak(
-                steps, session.tokenizer, command.choice.stop, write, started=False, interrupted=pressed
-            )
+            answer = speak(steps, session.tokenizer, command.choice.stop, write, started=False, interrupted=pressed)
     except KeyboardInterrupt:  # pressed twice, before a token came: the turn is dropped, and the cache with it
         _tell("\nThe turn is dropped.")
         return replace(before, cache=None)

@@ -53,9 +53,7 @@ def run(as_json: bool) -> int:
 def examine() -> dict:
     """Everything `doctor` says, as plain data."""
     versions = {"kvjax": __version__, "python": platform.python_version(), **{name: version(name) for name in NEEDED}}
-    missing = {
-        name: f"pip install {name}" for name, module in NEEDED.items() if not _importable(module)
-    }
+    missing = {name: f"pip install {name}" for name, module in NEEDED.items() if not _importable(module)}
     devices, trouble = _devices() if "jax" not in missing and "jaxlib" not in missing else ([], None)
     if trouble:
         missing["a device"] = f"JAX cannot start: {trouble}"
@@ -93,7 +91,8 @@ def as_text(found: dict) -> str:
         "machine",
         f"  {'devices':<18}{', '.join(found['devices']) or 'none'}",
         f"  {'cache folder':<18}{folder['path']} ({size(folder['bytes'])}"
-        + ("" if folder["writable"] else ", not writable") + ")",
+        + ("" if folder["writable"] else ", not writable")
+        + ")",
         f"  {'default model':<18}{', '.join(found['default_model']) or 'not fetched yet: the first use does (93 MB)'}",
         f"  {'compiled programs':<18}{compiled['path'] or 'in memory only'}"
         + ("" if compiled["writable"] or not compiled["path"] else " (not writable: every start compiles)"),
@@ -169,5 +168,3 @@ def _kernels() -> dict:
         "shadowed_by": None if ours else path,
         "other_distribution": None if other is None else f"kernels {other}",
     }
-
-

@@ -44,9 +44,7 @@ def run(command: Generate) -> int:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
 
-        answer = speak(
-            steps, session.tokenizer, command.choice.stop, write, started=command.raw, interrupted=check
-        )
+        answer = speak(steps, session.tokenizer, command.choice.stop, write, started=command.raw, interrupted=check)
     report = figures(answer, session, held, len(ids))
     if command.json:
         print(json.dumps({"text": answer.text, "tokens": list(answer.tokens), **report}, ensure_ascii=False))

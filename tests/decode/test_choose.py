@@ -49,7 +49,7 @@ def test_filters_keep_what_a_sort_would(seed, top_k, top_p, min_p, ties):
     logits = np.random.default_rng(seed).normal(0, 3, VOCAB).astype(np.float32)
     if ties:
         logits = np.round(logits)
-    kept = keep(jnp.asarray(logits)[None], table(Sampling(top_k=top_k, top_p=top_p, min_p=min_p)))
+    kept = jax.jit(keep)(jnp.asarray(logits)[None], table(Sampling(top_k=top_k, top_p=top_p, min_p=min_p)))
     np.testing.assert_array_equal(np.isfinite(kept[0]), sorted_keep(logits, top_k, top_p, min_p))
 
 

@@ -12,10 +12,10 @@ def tiny(tmp_path_factory):
 
 
 def test_lengths_cost_no_more_programs_than_buckets(tiny):
-    rows = compile_cpu.run(Config(tiny, rounds=0, lengths=BUCKETS[2], layers=1), lambda doing, done: None)
-    assert rows == [
-        {"work": "programs compiled for 64 prompt lengths", "value": 3, "asked": "at most 6, the number of buckets"}
-    ]
+    (row,) = compile_cpu.run(Config(tiny, rounds=0, lengths=BUCKETS[2], layers=1), lambda doing, done: None)
+    assert 3 <= row["value"] <= len(BUCKETS)
+    assert row["work"] == "programs compiled for 64 prompt lengths"
+    assert row["asked"] == "at most 6, the number of buckets"
 
 
 def test_starts_are_timed_by_pairs(monkeypatch):

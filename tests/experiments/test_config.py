@@ -14,7 +14,7 @@ class Fields:
     rate: float = 0.5
     name: str = "a"
     kind: Literal["slow", "fast"] = "slow"
-    on: bool = False
+    warm: bool = False
     seeds: tuple[int, ...] = (0,)
     most: int | None = None
 
@@ -34,10 +34,10 @@ def read(tmp_path, monkeypatch):
 
 def test_file_and_line_together(read):
     assert read("steps: 3\nrate: 1\nseeds: [1, 2]") == Fields(3, rate=1.0, seeds=(1, 2))
-    line = ["--steps", "4", "--seeds", "5", "6", "--name=7", "--on", "--most", "9", "--kind", "fast", "--rate", "1e-3"]
+    line = "--steps 4 --seeds 5 6 --name=7 --warm --most 9 --kind fast --rate 1e-3".split()
     assert read("steps: 3", *line) == Fields(4, 1e-3, "7", "fast", True, (5, 6), 9)
     assert read("steps: 3\nmost: 2", "--most", "null").most is None
-    assert read("steps: 3", "--on", "false").on is False
+    assert read("steps: 3", "--warm", "false").warm is False
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,9 @@ def test_file_and_line_together(read):
         ("steps: 3\nseeds: [a]", [], "`seeds` must be an integer, got 'a'"),
         ("steps: 3\nkind: fat", [], "`kind` must be one of 'slow', 'fast', got 'fat'"),
         ("steps: 3\nmost: x", [], "`most` must be an integer or null, got 'x'"),
-        ("steps: 3\non: 1", [], "`on` must be true or false, got 1"),
+        ("steps: 3\non: 1", [], "unknown key True"),
+        ("steps: 3\nrate: fast", [], "`rate` must be a number, got 'fast'"),
+        ("steps: 3\nwarm: 1", [], "`warm` must be true or false, got 1"),
         ("steps: 3", ["--steps", "1", "2"], "`steps` must be an integer, got ..1"),
         ("steps: 3", ["stray"], "expected `--key value`, got 'stray'"),
         ("rate: 1", [], "missing steps"),

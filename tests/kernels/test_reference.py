@@ -65,12 +65,13 @@ def test_attend_is_softmax_over_what_is_visible(mask, kv_heads):
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("block", [4, 7, 16])
-def test_blocks_change_nothing(mask, block, monkeypatch):
+@pytest.mark.parametrize(("tile", "block"), [(128, 1), (4, 7), (9, 16), (2, 5)])
+def test_tiles_and_blocks_change_nothing(mask, tile, block, monkeypatch):
     args = inputs(1, width=9)
     whole = attend(*args, mask)
+    monkeypatch.setattr(reference, "TILE", tile)
     monkeypatch.setattr(reference, "BLOCK", block)
-    assert args[0].shape[1] * args[1].shape[1] > block * block or block == 16
+    monkeypatch.setattr(reference, "FEW", 0)
     chex.assert_trees_all_close(attend(*args, mask), whole, atol=2e-6)
 
 
@@ -108,8 +109,9 @@ def test_gradients_pass_blocks_and_empty_slots(monkeypatch):
         return jnp.sin(out).sum() + jnp.cos(lse).sum()
 
     whole = jax.grad(loss, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(reference, "BLOCK", 4)
-    jax.clear_caches()
+    monkeypatch.setattr(reference, "TILE", 4)
+    monkeypatch.setattr(reference, "BLOCK", 5)
+    monkeypatch.setattr(reference, "FEW", 0)
     blocks = jax.grad(loss, (0, 1, 2))(q, k, v)
     chex.assert_trees_all_close(whole, blocks, atol=5e-6)
     assert (whole[1][:, 12:] == 0).all()
