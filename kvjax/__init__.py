@@ -1,12 +1,29 @@
 """Decode language models in JAX with an explicit key/value cache."""
 
-from kvjax import cache, decode
-from kvjax.cache import Cache, fork, nbytes
-from kvjax.config import ModelConfig, Precision, Rope
-from kvjax.decode import Output, Sampling, decode_step, forward, generate, prefill, stream
-from kvjax.model import Transformer, init_params, param_shapes
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from kvjax.version import __version__
-from kvjax.weights import load, restore, save, save_model
+
+if TYPE_CHECKING:
+    from kvjax import cache, decode
+    from kvjax.cache import Cache, fork, nbytes
+    from kvjax.config import ModelConfig, Precision, Rope
+    from kvjax.decode import Output, Sampling, decode_step, forward, generate, prefill, stream
+    from kvjax.model import Transformer, init_params, param_shapes
+    from kvjax.weights import load, restore, save, save_model
+
+_HOMES = {
+    "kvjax.cache": ("Cache", "fork", "nbytes"),
+    "kvjax.config": ("ModelConfig", "Precision", "Rope"),
+    "kvjax.decode": ("Output", "Sampling", "decode_step", "forward", "generate", "prefill", "stream"),
+    "kvjax.model": ("Transformer", "init_params", "param_shapes"),
+    "kvjax.weights": ("load", "restore", "save", "save_model"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_ROOMS = ("cache", "decode")
 
 __all__ = [
     "Cache",
@@ -33,3 +50,17 @@ __all__ = [
     "save_model",
     "stream",
 ]
+
+
+def __getattr__(name: str):
+    """Import a public name at its first use: `kvjax --help` answers before JAX has loaded."""
+    if name in _ROOMS:
+        return import_module(f"kvjax.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvjax' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -176,9 +176,7 @@ class Transformer(nn.Module):
             params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)
         layers: list[LayerCache | None] = [None] * c.layers if cache is None else list(cache.layers)
         for i, block in enumerate(blocks):
-            x, layers[i] = cast(
-                "tuple[Array, LayerCache]", block.apply({"params": params[i]}, x, positions, valid, layers[i])
-            )
+            x, layers[i] = _apply_block(block, params[i], x, positions, valid, layers[i])
 
         if last:
             x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
@@ -205,6 +203,12 @@ def cached(
     """Take in `lengths` tokens a row and score what follows each row's last: the step inside every decoder."""
     out = model.apply({"params": params}, tokens, lengths, cache, last=True)
     return cast("tuple[Array, Cache]", out)
+
+
+@partial(jax.jit, static_argnames="block")
+def _apply_block(block: Block, params: Params, x, positions, valid, layer):
+    """One layer, traced once for all that are alike; XLA still sees every layer unrolled."""
+    return cast("tuple[Array, LayerCache | None]", block.apply({"params": params}, x, positions, valid, layer))
 
 
 @partial(jax.jit, static_argnames="model")
