@@ -158,7 +158,8 @@ def _kernels() -> dict:
         import kernels
 
         path, named = str(kernels.__file__), getattr(kernels, "__version__", None)
-        ours = importlib.util.find_spec("kernels.reference") is not None
+        # not `find_spec("kernels.reference")`: an editable install's finder answers for a package that is shadowed
+        ours = Path(path).with_name("reference.py").exists()
     except ImportError as error:
         return {"path": None, "version": None, "shadowed_by": None, "error": str(error)}
     other = version("kernels")
