@@ -3,8 +3,6 @@
 import logging
 import re
 
-import jax
-
 
 class Compiles(logging.Handler):
     """`with Compiles() as compiles: …`, then `compiles.of("decode_step")`."""
@@ -23,7 +21,6 @@ class Compiles(logging.Handler):
         self.log.addHandler(self)
         self.log.setLevel(logging.DEBUG)
         self.log.propagate = False
-        self.noise = jax.config.jax_log_compiles
         return self
 
     def __exit__(self, *_):
