@@ -75,6 +75,23 @@ def test_tiles_and_blocks_change_nothing(mask, tile, block, monkeypatch):
     chex.assert_trees_all_close(attend(*args, mask), whole, atol=2e-6)
 
 
+@pytest.mark.parametrize("mask", [MASKS[0], MASKS[4]], ids=str)
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("turned", [False, True], ids=["in order", "turned"])
+def test_a_tile_stops_after_the_last_slot_it_may_see(mask, first, turned, monkeypatch):
+    q, k, v, _, slots = inputs(4, width=9)
+    positions = jnp.arange(first, first + 9)[None].repeat(2, 0)
+    if turned:
+        slots = jnp.roll(slots, 5, axis=1)
+    whole = attend(q, k, v, positions, slots, mask)
+    monkeypatch.setattr(reference, "TILE", 2)
+    chex.assert_trees_all_close(attend(q, k, v, positions, slots, mask), whole, atol=2e-6)
+    if not turned:  # what lies past the last visible slot, rounded up, is never read
+        edge = min(16, first + 10)
+        late = k.at[:, edge:].set(jnp.nan)
+        chex.assert_trees_all_close(attend(q, late, v, positions, slots, mask), whole, atol=2e-6)
+
+
 @jax.jit
 def attend_plainly(q, k, v, positions, slots):
     return attend(q, k, v, positions, slots, Mask(0.3))
