@@ -26,6 +26,7 @@ def describe() -> dict[str, object]:
         "platform": platform.platform(),
         "device": f"{device.platform}: {device.device_kind}",
         "cpu": cpu_model(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 

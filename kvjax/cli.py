@@ -13,6 +13,8 @@ from typing import Annotated
 
 import tyro
 
+from kvjax.compiler.flags import prefer_wide_vectors
+
 INPUT_ERROR, PIPE_CLOSED, INTERRUPTED = 2, 141, 130
 
 
@@ -167,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks on the machine it compiled for
+    prefer_wide_vectors()
     debug = os.environ.get("KVJAX_DEBUG") == "1"
     try:
         return parse(args).run()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import kvjax
 from experiments.peers.work import Timing, Work
+from kvjax.compiler.flags import prefer_wide_vectors
 
 
 class Ours:
@@ -49,4 +50,5 @@ class Ours:
 
 def make(model: str, threads: int, stream: bool = False) -> Ours:
     """The engine; it takes as many threads as it has cores."""
+    prefer_wide_vectors()  # as the command line does
     return Ours(model, stream)
