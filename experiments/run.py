@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -103,9 +104,9 @@ def spell(value: object) -> str:
 
 @contextmanager
 def progress_on_stderr(title: str):
-    """Yields a `Progress`: a bar where a person reads, nothing otherwise."""
+    """Yields a `Progress`: a bar where a person reads, a line every half minute otherwise."""
     if not sys.stderr.isatty():
-        yield _silent
+        yield _lines(title)
         return
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -121,8 +122,16 @@ def progress_on_stderr(title: str):
         yield tell
 
 
-def _silent(doing: str, done: float) -> None:
-    return None
+def _lines(title: str, every_s: float = 30.0) -> Progress:
+    told = time.monotonic()
+
+    def tell(doing: str, done: float) -> None:
+        nonlocal told
+        if time.monotonic() - told >= every_s:
+            told = time.monotonic()
+            print(f"{title}: {done:.0%}, {doing}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 __all__ = ["Progress", "measure", "run", "show", "write"]

@@ -13,7 +13,7 @@ from kvjax.cache.base import Cache, check
 from kvjax.decode import state as decoding
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two, rules
 from kvjax.decode.state import REASONS, State
-from kvjax.decode.step import Lengths, Tokens, as_batch, check_values, prefill, traced
+from kvjax.decode.step import Lengths, Tokens, as_batch, check_values, fill, traced
 from kvjax.model import Params, Transformer
 
 
@@ -118,7 +118,7 @@ def _start(
     room = power_of_two(max_new)
     if tokens.shape[1] == 1:
         return decoding.begin(cache, jnp.asarray(tokens[:, 0]), seen, room), settings, None
-    logits, cache = prefill(model, params, cache, tokens, lengths)
+    logits, cache = fill(model, params, cache, tokens, lengths)
     state = decoding.begin(cache, jnp.asarray(np.zeros(batch, np.int32)), seen, room)
     state, *ready = decoding.first(state, settings, logits)
     return state, settings, tuple(ready)

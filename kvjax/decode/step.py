@@ -61,6 +61,13 @@ def prefill(
     tokens, lengths = as_batch(tokens, lengths)
     check(cache, model, tokens.shape[0], "prefill")
     check_values(model, cache, tokens, lengths)
+    return fill(model, params, cache, tokens, lengths, buckets)
+
+
+def fill(
+    model: Transformer, params: Params, cache: Cache, tokens, lengths, buckets: Sequence[int] = BUCKETS
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """`prefill` of what was checked already."""
     logits = jnp.asarray(np.zeros((tokens.shape[0], model.config.vocab), model.precision.logits))
     width, largest = tokens.shape[1], buckets[-1]
     for start in range(0, width, largest):

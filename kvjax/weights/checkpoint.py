@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import ModelConfig, Precision, Rope
@@ -91,9 +92,11 @@ def restore(path: str | os.PathLike[str], like: Any) -> Any:
         elif str(i) not in arrays:
             values.append(np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else _empty(leaf, row))
         elif _is_key(leaf):
-            values.append(jax.random.wrap_key_data(arrays[str(i)], impl=row["dtype"].removeprefix("key ")))
-        else:
+            values.append(jax.random.wrap_key_data(jnp.asarray(arrays[str(i)]), impl=row["dtype"].removeprefix("key ")))
+        elif isinstance(leaf, np.ndarray | np.generic) or _is_placed(leaf):
             values.append(arrays[str(i)])
+        else:
+            values.append(jnp.asarray(arrays[str(i)]))
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
 
 
@@ -195,10 +198,9 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     def how(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray | np.generic):
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        sharding = getattr(leaf, "sharding", None) if not _is_key(leaf) else None
-        return ocp.ArrayRestoreArgs(sharding=sharding or jax.sharding.SingleDeviceSharding(_default_device()))
+        if _is_placed(leaf):
+            return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
+        return ocp.RestoreArgs(restore_type=np.ndarray)
 
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -212,16 +214,19 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"restore: the checkpoint at {path} is incomplete or corrupt: {error}") from error
 
 
-def _default_device() -> jax.Device:
-    return next(iter(jax.numpy.zeros(()).devices()))  # wherever JAX puts a new array now
+def _is_placed(leaf: Any) -> bool:
+    """Whether a leaf says where it wants to be. Others stay uncommitted, as new arrays are: one compile serves both."""
+    if _is_key(leaf) or getattr(leaf, "sharding", None) is None:
+        return False
+    return not isinstance(leaf, jax.Array) or leaf.committed
 
 
 def _empty(leaf: Any, row: dict) -> jax.Array:
     if _is_key(leaf):
         impl = row["dtype"].removeprefix("key ")
         shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
-        return jax.random.wrap_key_data(jax.numpy.zeros((*leaf.shape, *shape), "uint32"), impl=impl)
-    return jax.numpy.zeros(leaf.shape, leaf.dtype)
+        return jax.random.wrap_key_data(jnp.zeros((*leaf.shape, *shape), "uint32"), impl=impl)
+    return jnp.zeros(leaf.shape, leaf.dtype)
 
 
 @contextlib.contextmanager

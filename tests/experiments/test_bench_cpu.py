@@ -9,7 +9,7 @@ from experiments.peers import client, serve
 from experiments.peers.convert import converted
 from experiments.peers.ours import make
 from experiments.peers.work import Timing, Work, shape
-from tests.cli_model import save_tiny
+from tests.tiny_model import save_tiny
 
 
 class Fake:

@@ -3,7 +3,7 @@ import pytest
 from experiments import compile_cpu
 from experiments.compile_cpu import Config
 from kvjax.decode import BUCKETS
-from tests.cli_model import save_tiny
+from tests.tiny_model import save_tiny
 
 
 @pytest.fixture(scope="module")

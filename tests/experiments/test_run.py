@@ -76,3 +76,13 @@ def test_numbers_that_are_none_are_refused(toy, tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         run.write({"name": "x", "rows": [{"speed": float("nan")}]}, tmp_path / "results")
     assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_long_work_tells_a_log_where_it_is(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 31.0, 31.0, 40.0])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    with run.progress_on_stderr("counting") as tell:
+        tell("one", 0.1)
+        tell("two", 0.5)
+        tell("three", 0.9)
+    assert capsys.readouterr().err == "counting: 50%, two\n"

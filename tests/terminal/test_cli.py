@@ -11,23 +11,8 @@ import pytest
 
 import kvjax
 from kvjax import cli
-from tests.cli_model import bytes_tokenizer, call, environment, in_process, save_tiny, start
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A cache folder that these tests share, so that later ones start from compiled programs."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_positions=1 << 16))
-
-
-@pytest.fixture
-def kvjax_here(tmp_path, monkeypatch, capsys):
-    return in_process(tmp_path, monkeypatch, capsys)
+from tests.terminal.processes import call, environment, start
+from tests.tiny_model import bytes_tokenizer
 
 
 @pytest.fixture

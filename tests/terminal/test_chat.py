@@ -7,19 +7,10 @@ import pytest
 
 from kvjax.terminal.answer import Answer
 from kvjax.terminal.conversation import Conversation, ask, begin, told
-from tests.cli_model import END, bytes_tokenizer, in_process, save_tiny, start
+from tests.terminal.processes import start
+from tests.tiny_model import END, bytes_tokenizer
 
 TOKENIZER = bytes_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_positions=1 << 16))
 
 
 def said(tokens):
@@ -46,11 +37,6 @@ def test_a_template_that_changes_earlier_text_starts_anew():
 
 def test_nothing_is_held_without_a_cache():
     assert Conversation().held == 0
-
-
-@pytest.fixture
-def kvjax_here(tmp_path, monkeypatch, capsys):
-    return in_process(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture

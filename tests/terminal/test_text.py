@@ -9,7 +9,7 @@ from kvjax.decode import Output, Step
 from kvjax.terminal.answer import speak
 from kvjax.terminal.status import size
 from kvjax.terminal.stops import Cut
-from tests.cli_model import END, bytes_tokenizer
+from tests.tiny_model import END, bytes_tokenizer
 
 
 @given(
