@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         positions, valid = start[:, None] + offset, offset < lengths[:, None]
 
         embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab, c.hidden), p.params)
-        x = jnp.take(embed, tokens, axis=0).astype(p.compute)
+        x = jnp.take(embed, jnp.where(tokens < 0, c.vocab, tokens), axis=0).astype(p.compute)  # NaN past the table
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, p.compute)
         if c.rope is None:

@@ -1,6 +1,7 @@
 """Strict JAX for every test: no silent promotion, no reused key."""
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -14,3 +15,11 @@ def smollm2():
     import kvjax
 
     return kvjax.load("smollm2")
+
+
+@pytest.fixture
+def unchecked():
+    """Without the tests' runtime type checks, as users run it: our own errors must say what is wrong."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import Mask
@@ -110,8 +111,10 @@ class Strategy:
             ValueError: if a size is below 1, or the model has fewer learned positions than `capacity`.
         """
         for name, value in (("batch", batch), ("capacity", capacity)):
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}.init: `{name}` must be at least 1, got {value}")
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(
+                    f"{type(self).__name__}.init: `{name}` must be at least 1, a whole number, got {value!r}"
+                )
         c = model.config
         if c.rope is None and capacity > c.max_positions:
             raise ValueError(
@@ -134,17 +137,30 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def check_dtype(strategy: Strategy, dtype: str | None) -> None:
+    """Raise ValueError if `dtype` cannot hold keys and values; None, the model's own, can."""
+    try:
+        good = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(f"{type(strategy).__name__}: `dtype` must be a floating-point type, got {dtype!r}")
+
+
 def fork(cache: Cache, rows: Int[Array, "new_batch"]) -> Cache:
     """A cache whose row `i` continues row `rows[i]`: copies for parallel samples, or a new order.
 
     Source rows may repeat or be left out. Rows outside the batch raise no error inside jit: they are clipped.
     """
+    rows = jnp.asarray(rows)
     layers = tuple(layer.fork(rows) for layer in cache.layers)
     return replace(cache, layers=layers, length=jnp.take(cache.length, rows, axis=0, mode="clip"))
 
 
 def check(cache: Cache, model: Transformer, batch: int, where: str) -> None:
-    """Raise ValueError, while tracing, if `cache` was made for another model or batch."""
+    """Raise ValueError, while tracing, if `cache` is none, or was made for another model or batch."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"{where}: `cache` must be what a strategy's `init` makes, got {type(cache).__name__}")
     if cache.config != model.config:
         ours, theirs = model.config, cache.config
         differing = [name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import Mask, attend, by_head
-from kvjax.cache.base import LayerSpec, Strategy
+from kvjax.cache.base import LayerSpec, Strategy, check_dtype
 from kvjax.cache.slots import take_rows, write
 from kvjax.pytree import pytree
 
@@ -46,6 +46,9 @@ class Dense(Strategy):
     """Every token's keys and values, unchanged; `dtype` overrides the model's cache dtype."""
 
     dtype: str | None = None
+
+    def __post_init__(self):
+        check_dtype(self, self.dtype)
 
     def layer(self, spec: LayerSpec) -> DenseLayer:
         if self.dtype is not None:

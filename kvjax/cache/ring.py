@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import Mask, attend, by_head, merge
-from kvjax.cache.base import LayerSpec, Strategy
+from kvjax.cache.base import LayerSpec, Strategy, check_dtype
 from kvjax.cache.dense import Dense, DenseLayer
 from kvjax.cache.slots import take_rows, write
 from kvjax.pytree import pytree, static
@@ -96,6 +96,7 @@ class Ring(Strategy):
             raise ValueError(f"Ring: `window` must be at least 1 token, got {self.window}")
         if self.sinks < 0:
             raise ValueError(f"Ring: `sinks` must not be negative, got {self.sinks}")
+        check_dtype(self, self.dtype)
 
     def layer(self, spec: LayerSpec) -> RingLayer | DenseLayer:
         window = spec.window if self.window is None else self.window

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from kvjax.cache.base import Cache, check
+from kvjax.cache.base import Cache
 from kvjax.decode import state as decoding
+from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two, rules
 from kvjax.decode.state import REASONS, State
-from kvjax.decode.step import Lengths, Tokens, as_batch, check_values, fill, traced
+from kvjax.decode.step import fill
 from kvjax.model import Params, Transformer
 
 
@@ -106,13 +107,11 @@ def _start(
     model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer
 ) -> tuple[State, Rules, tuple[Array, ...] | None]:
     """Prefill and the first token; a prompt of one token is left to the loop. The third is the first `Step`."""
-    if max_new < 1:
-        raise ValueError(f"generate: `max_new` must be at least 1, got {max_new}")
-    tokens, lengths = as_batch(tokens, lengths)
+    if not isinstance(max_new, (int, np.integer)) or max_new < 1:
+        raise ValueError(f"generate: `max_new` must be at least 1, a whole number, got {max_new!r}")
+    tokens, lengths = as_prompts(model, cache, tokens, lengths, "generate")
     batch, vocab = tokens.shape[0], model.config.vocab
-    check(cache, model, batch, "generate")
     settings = rules(sampling, batch=batch, vocab=vocab, max_new=max_new, key=key, tokenizer=tokenizer)
-    check_values(model, cache, tokens, lengths)
     _check_room(cache, lengths, settings)
     seen = _seen(tokens, lengths, vocab)
     room = power_of_two(max_new)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -57,14 +58,21 @@ class Sampling:
             if not good:
                 raise ValueError(f"Sampling: `{name}` must be {expected}, got {getattr(self, name)!r}")
 
+        for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency"):
+            need(isinstance(getattr(self, name), Real), name, "a number")
+        for name in ("top_k", "seed", "limit"):
+            need(getattr(self, name) is None or isinstance(getattr(self, name), Integral), name, "a whole number")
+        for name in ("banned", "forced", "stop", "bias"):
+            ids = getattr(self, name)
+            need(isinstance(ids, Iterable) and all(isinstance(i, Integral) for i in ids), name, "token ids")
         need(0 <= self.temperature < float("inf"), "temperature", "finite and at least 0")
-        need(self.top_k >= 0, "top_k", "at least 0")
+        need(0 <= self.top_k < 2**31, "top_k", "in [0, 2**31)")
         need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         need(0 < self.repetition < float("inf"), "repetition", "finite and above 0")
         need(math.isfinite(self.presence), "presence", "finite")
         need(math.isfinite(self.frequency), "frequency", "finite")
-        need(not any(math.isnan(value) for value in self.bias.values()), "bias", "free of NaN")
+        need(all(value < float("inf") for value in self.bias.values()), "bias", "finite, or -inf to ban a token")
         need(not isinstance(self.stop_strings, str), "stop_strings", "a sequence of texts, not one text")
         need(all(self.stop_strings), "stop_strings", "free of empty texts")
         need(self.seed is None or 0 <= self.seed < 2**32, "seed", "None or in [0, 2**32)")
@@ -115,6 +123,8 @@ def rules(
             samples without a `key`, or stop strings without a tokenizer.
     """
     rows = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+    if wrong := [row for row in rows if not isinstance(row, Sampling)]:
+        raise ValueError(f"Sampling: `sampling` must be a Sampling, or a list of them, got {wrong[0]!r}")
     if len(rows) != batch:
         raise ValueError(f"Sampling: expected one setting or {batch}, one a row, got {len(rows)}")
     if key is None and any(row.temperature > 0 for row in rows):
@@ -129,6 +139,8 @@ def rules(
         return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
 
     biases = [{**row.bias, **dict.fromkeys(row.banned, -np.inf)} for row in rows]
+    if any(sum(value == -np.inf for value in bias.values()) >= vocab for bias in biases):
+        raise ValueError(f"Sampling: `banned` must leave a token, but all {vocab} of the vocabulary are")
     strings, automaton = compile_stops([row.stop_strings for row in rows], vocab, tokenizer)
     seeds = np.array([i if row.seed is None else row.seed for i, row in enumerate(rows)], np.uint32)
     root = jax.random.key(0) if key is None else key

@@ -8,18 +8,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.base import Cache, check
+from kvjax.decode.prompts import Lengths, Tokens, as_prompts
 from kvjax.model import Params, Transformer, cached
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
 """Widths that prompts are padded to; a longer prompt goes in chunks of the last one."""
-
-Tokens = Int[Array, "batch width"] | Int[np.ndarray, "batch width"] | Sequence[Sequence[int]]
-
-Lengths = Int[Array, "batch"] | Int[np.ndarray, "batch"] | Sequence[int]
 
 
 def forward(
@@ -28,7 +24,17 @@ def forward(
     tokens: Int[Array, "batch width"] | Int[np.ndarray, "batch width"],
     lengths: Int[Array, "batch"] | Int[np.ndarray, "batch"] | None = None,
 ) -> Float[Array, "batch width vocab"]:
-    """Logits at every position without a cache: what cached decoding must agree with."""
+    """Logits at every position without a cache: what cached decoding must agree with.
+
+    Raises:
+        ValueError: for prompts that `prefill` refuses, or longer than the model's learned positions.
+    """
+    tokens, lengths = as_prompts(model, None, tokens, lengths, "forward")
+    if model.config.rope is None and tokens.shape[1] > model.config.max_positions:
+        raise ValueError(
+            f"forward: `tokens` must be at most {model.config.max_positions} wide, the model's learned positions, "
+            f"got {tokens.shape[1]}"
+        )
     return _forward(model, params, tokens, lengths)
 
 
@@ -58,9 +64,9 @@ def prefill(
             outside the vocabulary, or more tokens than the cache has room for. Under an outer `jit` values
             are unknown, and only shapes are checked; a row without room then gets NaN logits.
     """
-    tokens, lengths = as_batch(tokens, lengths)
-    check(cache, model, tokens.shape[0], "prefill")
-    check_values(model, cache, tokens, lengths)
+    if not buckets or any(a >= b for a, b in zip((0, *buckets), buckets, strict=False)):
+        raise ValueError(f"prefill: `buckets` must be widths of at least 1, ascending, got {tuple(buckets)}")
+    tokens, lengths = as_prompts(model, cache, tokens, lengths, "prefill")
     return fill(model, params, cache, tokens, lengths, buckets)
 
 
@@ -94,8 +100,9 @@ def decode_step(
     Raises:
         ValueError: while tracing, for a cache of another model or batch.
     """
-    if token.ndim != 1:
-        raise ValueError(f"decode_step: `token` must be [batch], one id a row, got shape {token.shape}")
+    if not isinstance(token, jax.Array) or token.ndim != 1 or not jnp.issubdtype(token.dtype, jnp.integer):
+        got = f"{token.dtype} {token.shape}" if isinstance(token, jax.Array) else type(token).__name__
+        raise ValueError(f"decode_step: `token` must be an array [batch] of integers, one id a row, got {got}")
     check(cache, model, token.shape[0], "decode_step")
     return cached(model, params, token[:, None], None, cache)
 
@@ -110,54 +117,6 @@ def _chunk(model, params, cache, tokens, lengths, logits):
     """One padded chunk; rows whose prompt ended earlier keep their logits."""
     new, cache = cached(model, params, tokens, lengths, cache)
     return jnp.where((lengths > 0)[:, None], new, logits), cache
-
-
-def as_batch(tokens: Tokens, lengths):
-    """Arrays for tokens and lengths, on the host where values are known; ragged lists are padded."""
-    tokens, lengths = (np.asarray(x) if isinstance(x, jax.Array) and not traced(x) else x for x in (tokens, lengths))
-    if not isinstance(tokens, (jax.Array, np.ndarray)):
-        rows = [list(row) for row in tokens]
-        if lengths is None:
-            lengths = [len(row) for row in rows]
-        width = max((len(row) for row in rows), default=0)
-        tokens = np.array([row + [0] * (width - len(row)) for row in rows], np.int32).reshape(len(rows), width)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"prefill: `tokens` must be integers [batch, width], got {tokens.dtype} {tokens.shape}")
-    if 0 in tokens.shape:
-        raise ValueError(f"prefill: `tokens` is an empty prompt, of shape {tokens.shape}")
-    if lengths is None:
-        lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32)
-    if not isinstance(lengths, jax.Array):
-        lengths = np.asarray(lengths, np.int32)
-    if lengths.shape != tokens.shape[:1]:
-        raise ValueError(f"prefill: `lengths` must be [{tokens.shape[0]}], one a row, got shape {lengths.shape}")
-    return tokens.astype(np.int32), lengths.astype(np.int32)
-
-
-def traced(*values) -> bool:
-    """Whether any value is unknown because an outer transformation is tracing."""
-    return any(isinstance(x, Tracer) for x in values)
-
-
-def check_values(model: Transformer, cache: Cache, tokens, lengths) -> None:
-    """Raise ValueError for prompts that `prefill` must refuse, as far as values are known."""
-    if traced(tokens, lengths, cache.length):
-        return
-    tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-    width, vocab = tokens.shape[1], model.config.vocab
-    if (lengths < 1).any() or (lengths > width).any():
-        raise ValueError(f"prefill: `lengths` must be in [1, {width}], the width of `tokens`, got {lengths.tolist()}")
-    real = np.arange(width)[None] < lengths[:, None]
-    wrong = tokens[real & ((tokens < 0) | (tokens >= vocab))]
-    if wrong.size:
-        raise ValueError(f"prefill: `tokens` must be ids in [0, {vocab}), got {wrong[:8].tolist()}")
-    if cache.capacity is not None:
-        need = np.asarray(cache.length) + lengths
-        if (need > cache.capacity).any():
-            raise ValueError(
-                f"prefill: `tokens` need {int(need.max())} slots a row with what the cache holds, "
-                f"but its capacity is {cache.capacity}"
-            )
 
 
 def _pad(tokens, width: int):

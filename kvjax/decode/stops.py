@@ -74,6 +74,7 @@ def _byte_automaton(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _over_tokens(goto: np.ndarray, ends: np.ndarray, tokens: Sequence[bytes], vocab: int) -> Automaton:
+    tokens = tokens[:vocab]  # a tokenizer may know more than the model
     lengths = np.zeros(vocab, np.int64)
     lengths[: len(tokens)] = [len(token) for token in tokens]
     table = np.zeros((vocab, max(int(lengths.max()), 1)), np.uint8)

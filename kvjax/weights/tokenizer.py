@@ -52,7 +52,13 @@ class Tokenizer:
             text: any text, also empty.
             add_bos: start with `bos`; None asks the model's own habit. A text that already begins with it (as some
                 chat templates do) gets no second one.
+        Raises:
+            ValueError: for text that is no Unicode (as a command line's stray bytes), or a missing `bos`.
         """
+        try:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ValueError(f"Tokenizer.encode: `text` must be valid Unicode text, got {text!r:.60}") from error
         ids = self.inner.encode(text, add_special_tokens=False).ids
         if add_bos and self.bos is None:
             raise ValueError("Tokenizer.encode: `add_bos` is set, but the vocabulary has no beginning-of-text token")

@@ -121,7 +121,7 @@ def test_gradients_pass_through_cached_steps(strategy):
 @pytest.mark.parametrize("name", ["batch", "capacity"])
 def test_sizes_below_one_are_refused(strategy, name):
     model, _ = tiny()
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, a whole number, got 0"):
         strategy.init(model, **{"batch": 1, "capacity": 8, name: 0})
 
 

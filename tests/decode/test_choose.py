@@ -153,13 +153,19 @@ def test_a_seed_moves_with_its_row():
         ("repetition", 0.0),
         ("presence", float("inf")),
         ("frequency", float("nan")),
+        ("temperature", "1"),
+        ("top_k", 2.5),
+        ("top_k", 2**31),
+        ("stop", 5),
+        ("stop", [5.5]),
         ("bias", {1: float("nan")}),
+        ("bias", {1: float("inf")}),
         ("stop_strings", "text"),
         ("stop_strings", [""]),
         ("seed", -1),
         ("limit", 0),
     ],
 )
-def test_settings_out_of_range_are_refused_by_name(name, value):
+def test_settings_out_of_range_are_refused_by_name(name, value, unchecked):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         Sampling(**{name: value})

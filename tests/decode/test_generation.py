@@ -148,13 +148,15 @@ def test_a_non_finite_logit_is_reported_with_its_row_and_step(how):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_new": 0}, "`max_new` must be at least 1, got 0"),
+        ({"max_new": 0}, "`max_new` must be at least 1, a whole number, got 0"),
+        ({"max_new": 2, "sampling": {"temperature": 1.0}}, "`sampling` must be a Sampling, or a list of them"),
+        ({"max_new": 2, "sampling": Sampling(banned=range(61))}, "`banned` must leave a token, but all 61"),
         ({"max_new": 2, "sampling": WARM}, "needs `key`"),
         ({"max_new": 2, "sampling": [Sampling(), Sampling()]}, "one setting or 1"),
         ({"max_new": 2, "sampling": Sampling(stop=[61])}, r"`stop` ids must be in \[0, 61\)"),
         ({"max_new": 2, "sampling": Sampling(stop_strings=["x"])}, "`tokenizer`"),
     ],
 )
-def test_bad_settings_are_refused_by_name(settings, words):
+def test_bad_settings_are_refused_by_name(settings, words, unchecked):
     with pytest.raises(ValueError, match=words):
         kvjax.generate(*new(), [[1, 2]], **settings)

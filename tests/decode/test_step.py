@@ -4,7 +4,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -13,14 +12,6 @@ from kvjax.cache import Dense, Ring
 from kvjax.decode import BUCKETS, begin, rules, state
 from tests.compiles import Compiles
 from tests.tiny import prompts, tiny
-
-
-@pytest.fixture
-def unchecked():
-    """Without the tests' runtime type checks, as users run it: our own errors must say what is wrong."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_second_turn_prefills_only_what_is_new():
@@ -116,6 +107,15 @@ def test_the_cache_is_written_in_place(name, strategy, batch):
         ([[1], [2]], None, "holds 1 rows, but the tokens have 2"),
         (np.ones((1, 2), np.float32), None, "integers"),
         (np.ones(3, np.int32), None, r"\[batch, width\]"),
+        (np.array([[2**32 + 5]]), None, r"\[0, 61\), got \[4294967301\]"),
+        ([[2**40]], None, r"\[0, 61\), got \[1099511627776\]"),
+        ([[1.7, 2.2]], None, "lists of ids, one a row"),
+        ([1, 2], None, "lists of ids, one a row"),
+        ("ab", None, "lists of ids, one a row"),
+        (None, None, "lists of ids, one a row"),
+        ([[]], None, "empty prompt in row 0"),
+        ([[1, 2]], [1.5], "integers, one a row"),
+        ([[1, 2]], np.array([2**32 + 1]), r"`lengths` must be in \[1, 2\]"),
     ],
 )
 def test_bad_prompts_are_refused_by_name(tokens, lengths, words, unchecked):
@@ -124,6 +124,43 @@ def test_bad_prompts_are_refused_by_name(tokens, lengths, words, unchecked):
     for call in (kvjax.prefill, lambda *args: kvjax.generate(*args, max_new=1)):
         with pytest.raises(ValueError, match=words):
             call(model, params, cache, tokens, lengths)
+
+
+def test_ragged_rows_keep_their_own_lengths(unchecked):
+    model, params = tiny()
+    cache = Dense().init(model, batch=2, capacity=8)
+    with pytest.raises(ValueError, match=r"`lengths` must not exceed the rows of `tokens`, which have \[3, 1\] ids"):
+        kvjax.prefill(model, params, cache, [[1, 2, 3], [1]], [3, 3])
+
+
+@pytest.mark.parametrize("token", [-1, 61])
+def test_an_id_outside_the_vocabulary_gives_nan_in_its_row(token, unchecked):
+    model, params = tiny()
+    cache = Dense().init(model, batch=2, capacity=8)
+    logits, _ = kvjax.decode_step(model, params, cache, jnp.array([token, 3]))
+    assert jnp.isnan(logits[0]).all() and jnp.isfinite(logits[1]).all()
+    with pytest.raises(ValueError, match=rf"forward: `tokens` must be ids in \[0, 61\), got \[{token}\]"):
+        kvjax.forward(model, params, jnp.array([[token]]))
+
+
+def test_other_wrong_arguments_are_named(unchecked):
+    model, params = tiny("gpt2")
+    with pytest.raises(ValueError, match="forward: `tokens` must be at most 96 wide.*got 97"):
+        kvjax.forward(model, params, np.ones((1, 97), np.int32))
+    with pytest.raises(ValueError, match="prefill: `cache` must be what a strategy's `init` makes, got Dense"):
+        kvjax.prefill(model, params, Dense(), [[1]])
+    cache = Dense().init(model, batch=1, capacity=8)
+    for buckets in ((), (16, 8), (0, 8)):
+        with pytest.raises(ValueError, match="`buckets` must be widths of at least 1, ascending"):
+            kvjax.prefill(model, params, cache, [[1]], buckets=buckets)
+    with pytest.raises(ValueError, match=r"decode_step: `token` must be an array \[batch\] of integers.*float32"):
+        kvjax.decode_step(model, params, cache, jnp.ones(1))
+    with pytest.raises(ValueError, match="Dense: `dtype` must be a floating-point type, got 'int8'"):
+        Dense("int8")
+    with pytest.raises(ValueError, match="`capacity` must be at least 1, a whole number, got 3.5"):
+        Dense().init(model, batch=1, capacity=3.5)
+    with pytest.raises(ValueError, match="`max_new` must be at least 1, a whole number, got 2.5"):
+        kvjax.generate(model, params, cache, [[1]], max_new=2.5)
 
 
 def test_padding_is_not_checked_as_ids():

@@ -69,3 +69,9 @@ def test_rows_heed_their_own_strings_in_the_loop():
 def test_too_many_strings_are_refused():
     with pytest.raises(ValueError, match=f"at most {MOST}"):
         compile_stops([[str(i) for i in range(MOST + 1)]], VOCAB, PIECES)
+
+
+def test_a_tokenizer_may_know_more_than_the_model():
+    _, small = compile_stops([["ab"]], VOCAB - 2, PIECES)
+    _, whole = compile_stops([["ab"]], VOCAB, PIECES)
+    np.testing.assert_array_equal(small.next, whole.next[:, : VOCAB - 2])

@@ -45,6 +45,12 @@ def test_streaming_any_ids_gives_the_decoded_text(name, ids, skip):
         assert whole == TOKENIZERS[name].inner.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize("text", ["\udcff\udcfe", None, 7])
+def test_what_is_no_text_is_refused(text, unchecked):
+    with pytest.raises(ValueError, match="`text` must be valid Unicode text, got"):
+        TOKENIZERS["smollm"].encode(text)
+
+
 def test_half_a_character_is_held_back():
     tokenizer = TOKENIZERS["smollm"]
     ids = [tokenizer.pieces.index(bytes([byte])) for byte in "🚲".encode()]
