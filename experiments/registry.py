@@ -16,4 +16,5 @@ Progress = Callable[[str, float], None]
 EXPERIMENTS = {
     "bench_cpu": "experiments.bench_cpu",
     "compile_cpu": "experiments.compile_cpu",
+    "prefix_trace": "experiments.prefix_trace",
 }
