@@ -1,0 +1,108 @@
+"""What the decode attention kernel does in registers: masking, clearing, storing and merging."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from kernels.reference import Mask
+
+EIGHT = 8
+"""Queries come in eights: rows of a swizzled tile in shared memory."""
+
+LOG2E = math.log2(math.e)
+
+
+def full(shape, value, layout):
+    """An array of one value, spread over the warpgroup as `layout` says."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def masked(logits, held, asks, mask: Mask):
+    """Scaled and masked logits, in units of `log 2`: the hardware's exponential has base 2."""
+    if mask.softcap is None:
+        logits *= mask.scale * LOG2E
+    else:
+        logits = jnp.tanh(logits * (mask.scale / mask.softcap)) * (mask.softcap * LOG2E)
+    seen = (held >= 0) & (held <= asks)
+    if mask.window is not None:
+        seen &= (held > asks - mask.window) | (held < mask.sinks)
+    return jnp.where(seen, logits, -jnp.inf)
+
+
+def clear(v_smem, slots_smem) -> None:
+    """Zero the values in empty slots: a weight of zero would let a NaN there through."""
+    values = plgpu.load(v_smem, layout=plgpu.Layout.WGMMA)  # ty: ignore[missing-argument]
+    held = plgpu.load(slots_smem, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)  # ty: ignore[missing-argument]
+    filled = lax.broadcast_in_dim(held, values.shape, [0]) >= 0
+    v_smem[...] = jnp.where(filled, values, jnp.zeros_like(values))
+    plgpu.commit_smem()
+
+
+def store_rows(value, ref, place, each: int, interpret) -> None:
+    """Rows `place … place + each - 1` of a result, from registers straight to device memory."""
+    if interpret:
+        ref[...] = value[: ref.shape[0]]
+        return
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, memref
+
+    less, least = arith.CmpIPredicate.ult, arith.CmpIPredicate.uge
+
+    def store_from(low: int):
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+        def store(_, value, ref):
+            def one(x, at):
+                bound = [mgpu.c(edge, ir.IndexType.get()) for edge in (low, low + each)]
+                inside = arith.andi(arith.cmpi(least, at[0], bound[0]), arith.cmpi(less, at[0], bound[1]))
+                with mgpu.when(inside):
+                    memref.store(x, ref, list(at))
+
+            value.foreach(one)
+
+        store(value, ref)
+
+    for low in range(0, max(EIGHT, each), each):
+        pl.when(place == low)(lambda low=low: store_from(low))
+
+
+def merge_some(outs, lses, number):
+    """The first `number` partials of some queries, weighed by their softmax denominators, which each column has."""
+    vec = math.gcd(math.prod(outs[0].shape) // 128, 4)
+    layout = plgpu.Layout.WG_STRIDED(outs[0].shape, vec_size=vec)
+    lses = [plgpu.load(ref, layout=layout, optimized=False) for ref in lses]  # ty: ignore[missing-argument]
+    outs = [plgpu.load(ref, layout=layout, optimized=False) for ref in outs]  # ty: ignore[missing-argument]
+    peak = lses[0]
+    for lse in lses[1:]:
+        peak = jnp.maximum(peak, lse)
+    base = jnp.where(peak == -jnp.inf, 0.0, peak)
+    total, mixed = 0.0, 0.0
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        weight = jnp.exp(lse - base) * jnp.where(i < number, 1.0, 0.0)
+        total += weight
+        mixed += weight * out
+    some = jnp.where(total > 0, total, 1.0)
+    return mixed / some, jnp.where(total > 0, base + jnp.log(some), -jnp.inf)
+
+
+def merge_all(
+    out: Float[Array, "partials queries head_dim"],
+    lse: Float[Array, "partials queries"],
+    parts: Int[Array, "rows parts"],
+) -> tuple[Float[Array, "rows queries head_dim"], Float[Array, "rows queries"]]:
+    """A row's partials, weighed by their softmax denominators. Source: Ye et al. 2024, "Cascade Inference"."""
+    there = parts >= 0
+    at = jnp.maximum(parts, 0)
+    lse = jnp.where(there[..., None], lse[at], -jnp.inf)
+    peak = lse.max(1, keepdims=True)
+    weights = jnp.exp(lse - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    total = weights.sum(1)
+    out = jnp.where(there[..., None, None], out[at], 0.0)
+    out = (out * weights[..., None]).sum(1) / jnp.where(total > 0, total, 1.0)[..., None]
+    return out, jnp.where(total > 0, peak[:, 0] + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)

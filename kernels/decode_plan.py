@@ -1,0 +1,106 @@
+"""Who reads which tile of slots: the split of decode attention's work, made once a step for all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kernels.reference import Mask, visible
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes of the decode kernel; static, chosen by device and shape.
+
+    Args:
+        tile: slots that are read and scored at once, a multiple of 64.
+        stages: tiles in flight from memory to each worker.
+        workers: thread blocks, which share all tiles equally; all must run at once.
+    """
+
+    tile: int = 64
+    stages: int = 4
+    workers: int = 132
+
+    def most(self, kv_heads: int) -> int:
+        """Partial results a row has at most: a row holds a `kv_heads`-th of all tiles or less."""
+        return min(self.workers, -(-self.workers // kv_heads) + 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """Tiles in one row of work: those of row 0, then those of row 1, …, cut into one equal piece a worker.
+
+    A tile that no query sees is in no piece. Where worker `w` meets row `r` there is one partial result, number
+    `w + r`: from each to the next either the worker or the row goes up by one.
+
+    Args:
+        slots: the position each slot holds, -1 where it is empty and in the padding of the last tile.
+        tiles: numbers of the tiles that some query sees, first in each row of a batch.
+        counts: how many these are.
+        pieces: of each worker, its first row, the row after its last, the first tile in the former, the tile after
+            its last in the latter, how many workers share its last row, and the numbers of its first tiles.
+    """
+
+    slots: Int[Array, "batch padded"]
+    tiles: Int[Array, "batch tiles"]
+    counts: Int[Array, "batch"]
+    pieces: Int[Array, "workers numbers"]
+
+
+def plan(
+    positions: Int[Array, "batch width"],
+    slots: Int[Array, "batch slots"],
+    mask: Mask,
+    kv_heads: int,
+    tiling: Tiling,
+) -> Plan:
+    """Share the tiles that some query sees among the workers, equally whatever the lengths in the batch.
+
+    Source: stream-K decomposition, Osama et al. 2023 (arXiv:2301.03598); blocks of keys as in arXiv:2205.14135.
+    """
+    batch, held = slots.shape
+    count = -(-held // tiling.tile)
+    slots = jnp.pad(slots, ((0, 0), (0, count * tiling.tile - held)), constant_values=-1).astype(jnp.int32)
+    seen = visible(positions, slots, mask).any(1).reshape(batch, count, tiling.tile).any(2)
+    order = jnp.where(seen, jnp.cumsum(seen, axis=1, dtype=jnp.int32) - 1, count)
+    number = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), seen.shape)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    tiles = jnp.zeros((batch, count), jnp.int32).at[rows, order].set(number, mode="drop")
+    counts = seen.sum(1, dtype=jnp.int32)
+    begin, end, edges = _edges(counts, kv_heads, tiling.workers)
+    low, high = edges[:-1], edges[1:]
+    first = (end[None] <= low[:, None]).sum(1, dtype=jnp.int32)
+    stop = jnp.where(high > low, (begin[None] < high[:, None]).sum(1, dtype=jnp.int32), first)
+    last = jnp.maximum(stop - 1, 0)
+    sharing = ((low[None] < end[last][:, None]) & (high[None] > begin[last][:, None])).sum(1, dtype=jnp.int32)
+    entry = jnp.minimum(first, begin.size - 1)
+    enter = jnp.maximum(low - begin[entry], 0)
+    ahead = jnp.minimum(enter[:, None] + jnp.arange(tiling.stages, dtype=jnp.int32)[None], count - 1)
+    start = tiles[entry[:, None] // kv_heads, ahead]
+    pieces = jnp.concatenate([jnp.stack([first, stop, enter, high - begin[last], sharing], axis=1), start], axis=1)
+    return Plan(slots, tiles, counts, pieces)
+
+
+def partials(work: Plan, kv_heads: int, tiling: Tiling) -> Int[Array, "rows parts"]:
+    """Numbers of each row's partial results, -1 for none."""
+    begin, end, edges = _edges(work.counts, kv_heads, tiling.workers)
+    ahead = (edges[None, 1:] <= begin[:, None]).sum(1, dtype=jnp.int32)
+    worker = ahead[:, None] + jnp.arange(tiling.most(kv_heads), dtype=jnp.int32)[None]
+    near = jnp.minimum(worker, tiling.workers - 1)
+    shared = jnp.minimum(edges[near + 1], end[:, None]) > jnp.maximum(edges[near], begin[:, None])
+    row = jnp.arange(begin.size, dtype=jnp.int32)[:, None]
+    return jnp.where(shared & (worker < tiling.workers), worker + row, -1)
+
+
+def _edges(counts: Int[Array, "batch"], kv_heads: int, workers: int):
+    """Where each row begins and ends, and where workers' pieces meet; surplus workers come last and get nothing."""
+    each = jnp.repeat(counts, kv_heads, total_repeat_length=counts.size * kv_heads)
+    end = jnp.cumsum(each, dtype=jnp.int32)
+    used = jnp.maximum(jnp.minimum(end[-1], workers), 1)
+    edges = jnp.minimum(jnp.arange(workers + 1, dtype=jnp.int32), used) * end[-1] // used
+    return end - each, end, edges
