@@ -101,7 +101,7 @@ def decode_step(
         ValueError: while tracing, for a cache of another model or batch.
     """
     if not isinstance(token, jax.Array) or token.ndim != 1 or not jnp.issubdtype(token.dtype, jnp.integer):
-        got = f"{token.dtype} {token.shape}" if isinstance(token, jax.Array) else type(token).__name__
+        got = f"{token.dtype} of shape {token.shape}" if isinstance(token, jax.Array) else type(token).__name__
         raise ValueError(f"decode_step: `token` must be an array [batch] of integers, one id a row, got {got}")
     check(cache, model, token.shape[0], "decode_step")
     return cached(model, params, token[:, None], None, cache)
