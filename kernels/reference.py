@@ -6,12 +6,15 @@ the leading axis XLA keeps a cache in place where a separate head axis made it c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from kernels.products import mix, scores
 
 TILE = 128
 """Queries scored at once, so that their logits stay in a core's cache."""
@@ -21,9 +24,6 @@ BLOCK = 512
 
 FEW = TILE * 4 * BLOCK
 """Pairs of a query and a slot up to which all slots are scored at once."""
-
-MANY = 256
-"""Slots above which a CPU multiplies values by one query's weights at a time (4 ms a token at 1,089 slots)."""
 
 Partial = tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]
 
@@ -82,32 +82,65 @@ def attend(
             f"attend: `q` has {batch} rows of {heads} heads, which `k` with {k.shape[0]} rows cannot serve"
         )
     if width > TILE:
-        return _tiles(q, k, v, positions, slots, mask)
-    group = heads // kv_heads
-    folded = q.reshape(batch, width, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
-    folded = folded.reshape(k.shape[0], group * width, dim)
+        bounded = TILE * k.shape[1] <= FEW  # else blocks are left out anyway
+        tile = _bounded if bounded else attend
+        return _tiles(lambda q, at: tile(q, k, v, at, slots, mask), q, positions)
+    if width * k.shape[1] <= FEW:
+        return _finish(_piece(q, k, v, positions, slots, mask), q.dtype)
+    size = min(BLOCK, k.shape[1])
 
-    def piece(k, v, slots) -> _State:
-        logits = (_scores(folded, k) * mask.scale).reshape(batch, heads, width, -1)
-        if mask.softcap is not None:
-            logits = mask.softcap * jnp.tanh(logits / mask.softcap)
-        seen = visible(positions, slots, mask)[:, None]
-        logits = jnp.where(seen, logits, -jnp.inf)
-        peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-        weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
-        total = weights.sum(-1, keepdims=True)
-        packed = weights.reshape(k.shape[0], group * width, -1).astype(v.dtype)
-        out = _mix(packed, v)
-        return out.reshape(batch, heads, width, dim), peak, total
+    def start(i):
+        return jnp.minimum(i * size, k.shape[1] - size)  # the last block reaches back, and counts no slot twice
 
-    out, peak, total = (
-        piece(k, v, slots)
-        if width * k.shape[1] <= FEW
-        else _blocks(piece, k, v, slots, lambda cut: visible(positions, cut, mask).any())
-    )
-    out = out / jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
-    return out.swapaxes(1, 2).astype(q.dtype), lse.swapaxes(1, 2)
+    def look(i):
+        cut = jax.lax.dynamic_slice_in_dim(slots, start(i), size, axis=1)
+        return jnp.where(start(i) + jnp.arange(size)[None] >= i * size, cut, -1)
+
+    def load(i):
+        return tuple(jax.lax.dynamic_slice_in_dim(x, start(i), size, axis=1) for x in (k, v))
+
+    return attend_blocks(q, look, load, -(-k.shape[1] // size), positions, mask)
+
+
+def attend_blocks(
+    q: Float[Array, "batch width heads head_dim"],
+    look: Callable[[Int[Array, ""]], Int[Array, "batch size"]],
+    load: Callable[[Int[Array, ""]], tuple[Float[Array, "rows size head_dim"], Float[Array, "rows size head_dim"]]],
+    blocks: int,
+    positions: Int[Array, "batch width"],
+    mask: Mask,
+) -> Partial:
+    """`attend` to slots that come a block at a time, so that memory does not grow with them.
+
+    Args:
+        look: the position that each slot of block `i` holds, -1 where it is empty.
+        load: keys and values of block `i`; not called for a block that no query sees.
+        blocks: how many there are.
+    Source: Milakov & Gimelshein 2018 (arXiv:1805.02867), Alg. 3.
+    """
+    if q.shape[1] > TILE:
+        return _tiles(lambda q, at: attend_blocks(q, look, load, blocks, at, mask), q, positions)
+
+    def step(state: _State, i) -> tuple[_State, None]:
+        slots = look(i)
+
+        def fold(state: _State) -> _State:
+            out, peak, total = state
+            new_out, new_peak, new_total = _piece(q, *load(i), positions, slots, mask)
+            top = jnp.maximum(peak, new_peak)
+            base = jnp.where(jnp.isfinite(top), top, 0.0)
+            old, new = jnp.exp(peak - base), jnp.exp(new_peak - base)
+            return out * old + new_out * new, top, total * old + new_total * new
+
+        return jax.lax.cond(visible(positions, slots, mask).any(), fold, lambda state: state, state), None
+
+    batch, width, heads, dim = q.shape
+    empty: _State = (
+        jnp.zeros((batch, heads, width, dim)),
+        jnp.full((batch, heads, width, 1), -jnp.inf),
+        jnp.zeros((batch, heads, width, 1)),
+    )  # a scan with a `cond`, not a loop of dynamic length, so that it can be differentiated
+    return _finish(jax.lax.scan(step, empty, jnp.arange(blocks))[0], q.dtype)
 
 
 def merge(left: Partial, right: Partial) -> Partial:
@@ -125,103 +158,56 @@ def merge(left: Partial, right: Partial) -> Partial:
     return out.astype(out_a.dtype), lse
 
 
-def _scores(
-    q: Float[Array, "rows queries head_dim"], k: Float[Array, "rows slots head_dim"]
-) -> Float[Array, "rows queries slots"]:
-    """`q @ k.T` a row, in float32. On a CPU a few queries go one at a time: XLA is faster at matrix times vector."""
-
-    def together(q, k):
-        return jax.lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-
-    def one_by_one(q, k):
-        each = [
-            jax.lax.dot_general(k, q[:, i], (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-            for i in range(q.shape[1])
-        ]
-        return jnp.stack(each, axis=1)
-
-    if q.shape[1] > 8:
-        return together(q, k)
-    return jax.lax.platform_dependent(q, k, cpu=one_by_one, default=together)
+_State = tuple[
+    Float[Array, "batch heads width head_dim"], Float[Array, "batch heads width 1"], Float[Array, "batch heads width 1"]
+]
+"""Weighted values, the largest logit, and the sum of the weights."""
 
 
-def _mix(
-    weights: Float[Array, "rows queries slots"], v: Float[Array, "rows slots head_dim"]
-) -> Float[Array, "rows queries head_dim"]:
-    """`weights @ v` a row, in float32. On a CPU a few queries go one at a time once there are many slots."""
-
-    def together(weights, v):
-        return jax.lax.dot_general(weights, v, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-
-    def one_by_one(weights, v):
-        each = [
-            jax.lax.dot_general(v, weights[:, i], (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-            for i in range(weights.shape[1])
-        ]
-        return jnp.stack(each, axis=1)
-
-    if weights.shape[1] > 8 or weights.shape[2] <= MANY:
-        return together(weights, v)
-    return jax.lax.platform_dependent(weights, v, cpu=one_by_one, default=together)
+def _piece(q, k, v, positions, slots, mask: Mask) -> _State:
+    """Attention over some slots, before its division by the sum."""
+    batch, width, heads, dim = q.shape
+    kv_heads = k.shape[0] // batch
+    folded = q.reshape(batch, width, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4).reshape(k.shape[0], -1, dim)
+    logits = (scores(folded, k) * mask.scale).reshape(batch, heads, width, -1)
+    if mask.softcap is not None:
+        logits = mask.softcap * jnp.tanh(logits / mask.softcap)
+    logits = jnp.where(visible(positions, slots, mask)[:, None], logits, -jnp.inf)
+    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    total = weights.sum(-1, keepdims=True)
+    out = mix(weights.reshape(*folded.shape[:2], -1).astype(v.dtype), v)
+    return out.reshape(batch, heads, width, dim), peak, total
 
 
-_State = tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]
+def _finish(state: _State, dtype) -> Partial:
+    out, peak, total = state
+    out = out / jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
+    return out.swapaxes(1, 2).astype(dtype), lse.swapaxes(1, 2)
 
 
-def _tiles(q, k, v, positions, slots, mask: Mask) -> Partial:
-    """`attend`, a tile of queries after the other; those that fill up the last tile see nothing.
-
-    A tile stops at the last slot that any of its queries may see, rounded up to an eighth of the slots: in a
-    prompt's first chunk that is half of the work.
-    """
-    batch, width, held = *positions.shape, k.shape[1]
-    step = -(-held // (8 * TILE)) * TILE
-    ends = [*range(step, held, step), held]
-    if TILE * held > FEW:
-        ends = [held]  # `_blocks` skips what nobody sees
+def _tiles(attend_tile, q, positions) -> Partial:
+    """A tile of queries after the other; those that fill up the last tile see nothing."""
+    batch, width = positions.shape
     pad = -width % TILE
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
     positions = jnp.pad(positions, ((0, 0), (0, pad)), constant_values=-1)
     tiles = [x.reshape(batch, -1, TILE, *x.shape[2:]).swapaxes(0, 1) for x in (q, positions)]
-
-    def tile(q, positions):
-        seen = (slots >= 0) & (slots <= positions.max(1, keepdims=True))
-        last = jnp.where(seen, jnp.arange(held), 0).max()
-        upto = [partial(lambda q, at, n: attend(q, k[:, :n], v[:, :n], at, slots[:, :n], mask), n=n) for n in ends]
-        return jax.lax.switch(last // step, upto, q, positions)
-
-    parts = jax.lax.map(lambda both: tile(*both), tuple(tiles))
+    parts = jax.lax.map(lambda tile: attend_tile(*tile), tuple(tiles))
     out, lse = (x.swapaxes(0, 1).reshape(batch, width + pad, *x.shape[3:])[:, :width] for x in parts)
     return out, lse
 
 
-def _blocks(piece, k, v, slots, some) -> _State:
-    """Online softmax over blocks of slots; a block of which the queries see not `some` slot costs nothing.
+def _bounded(q, k, v, positions, slots, mask: Mask) -> Partial:
+    """`attend` up to the last slot that any query may see, rounded up to an eighth of the slots.
 
-    A scan with a `cond`, not a loop of dynamic length, so that it can be differentiated.
-    Source: Milakov & Gimelshein 2018 (arXiv:1805.02867), Alg. 3.
+    In a prompt's first chunk that is half of the work.
     """
-    size = min(BLOCK, k.shape[1])
-
-    def block(i):
-        start = jnp.minimum(i * size, k.shape[1] - size)  # the last block reaches back, and counts no slot twice
-        cut_k, cut_v, cut = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (k, v, slots))
-        return cut_k, cut_v, jnp.where(start + jnp.arange(size)[None] >= i * size, cut, -1)
-
-    def step(state: _State, i) -> tuple[_State, None]:
-        cut = block(i)
-
-        def fold(state: _State) -> _State:
-            out, peak, total = state
-            new_out, new_peak, new_total = piece(*cut)
-            top = jnp.maximum(peak, new_peak)
-            base = jnp.where(jnp.isfinite(top), top, 0.0)
-            old, new = jnp.exp(peak - base), jnp.exp(new_peak - base)
-            return out * old + new_out * new, top, total * old + new_total * new
-
-        return jax.lax.cond(some(cut[2]), fold, lambda state: state, state), None
-
-    shapes = jax.eval_shape(lambda: piece(*block(0)))
-    out, peak, total = (jnp.zeros(x.shape, x.dtype) for x in shapes)
-    empty: _State = (out, jnp.full_like(peak, -jnp.inf), total)
-    return jax.lax.scan(step, empty, jnp.arange(-(-k.shape[1] // size)))[0]
+    held = k.shape[1]
+    step = -(-held // (8 * TILE)) * TILE
+    seen = (slots >= 0) & (slots <= positions.max(1, keepdims=True))
+    last = jnp.where(seen, jnp.arange(held), 0).max()
+    ends = [*range(step, held, step), held]
+    upto = [partial(lambda q, at, n: attend(q, k[:, :n], v[:, :n], at, slots[:, :n], mask), n=n) for n in ends]
+    return jax.lax.switch(last // step, upto, q, positions)

@@ -151,13 +151,17 @@ class Transformer(nn.Module):
             cache: what came before; the row continues at `cache.length`. None starts at 0 and keeps nothing.
             last: score only each row's last real token, which saves most of the head's work.
         Returns:
-            Logits in `precision.logits` (`[batch, vocab]` if `last`), NaN in a row that outgrew its cache, and
-            the cache holding the new tokens.
+            Logits in `precision.logits` (`[batch, vocab]` if `last`), NaN in a row whose cache has no room, which
+            then stays as it is, and the cache holding the new tokens.
         """
         c, p = self.config, self.precision
         batch, width = tokens.shape
         lengths = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
+        full = jnp.zeros(batch, bool)
+        if cache is not None:
+            cache, full = cache.opened(lengths)
+            lengths = jnp.where(full, 0, lengths)
         offset = jnp.arange(width, dtype=jnp.int32)[None]
         positions, valid = start[:, None] + offset, offset < lengths[:, None]
 
@@ -189,8 +193,8 @@ class Transformer(nn.Module):
             logits = logits[:, 0]
         if cache is None:
             return logits, None
-        full = cache.overflows(lengths).reshape(batch, *(1,) * (logits.ndim - 1))
-        return jnp.where(full, jnp.nan, logits), cache.advanced(tuple(layers), lengths)
+        full = full.reshape(batch, *(1,) * (logits.ndim - 1))
+        return jnp.where(full, jnp.nan, logits), cache.closed(tuple(layers), lengths)
 
 
 def cached(

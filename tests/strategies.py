@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax.cache import Dense, Ring
+from kvjax.cache import Dense, Paged, Ring, Shared
 
 CACHES = {
     "Dense()": Dense(),
     "Ring()": Ring(),
     "Ring(window=6, sinks=2)": Ring(window=6, sinks=2),
+    "Paged(page=4, pool=24)": Paged(page=4, pool=24),
+    "Shared(Dense())": Shared(Dense()),
+    "Shared(Paged(page=4))": Shared(Paged(page=4)),
 }
 
-LOSSLESS = {"Dense()", "Ring()"}
+LOSSLESS = {"Dense()", "Ring()", "Paged(page=4, pool=24)", "Shared(Dense())", "Shared(Paged(page=4))"}
 """Strategies that keep everything the model can see: their logits are those of a full forward pass."""
 
 

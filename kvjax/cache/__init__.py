@@ -2,9 +2,25 @@
 
 from kvjax.cache.base import Cache, LayerCache, LayerSpec, Strategy, fork, nbytes
 from kvjax.cache.dense import Dense
+from kvjax.cache.paged import Paged, release
 from kvjax.cache.ring import Ring
+from kvjax.cache.shared import Shared, share
 
-STRATEGIES = {"dense": Dense, "ring": Ring}
+STRATEGIES = {"dense": Dense, "paged": Paged, "ring": Ring, "shared": Shared}
 """Every strategy by name; the tests cross this table with every decoder."""
 
-__all__ = ["STRATEGIES", "Cache", "Dense", "LayerCache", "LayerSpec", "Ring", "Strategy", "fork", "nbytes"]
+__all__ = [
+    "STRATEGIES",
+    "Cache",
+    "Dense",
+    "LayerCache",
+    "LayerSpec",
+    "Paged",
+    "Ring",
+    "Shared",
+    "Strategy",
+    "fork",
+    "nbytes",
+    "release",
+    "share",
+]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from kernels.reference import Mask, attend, merge
+from kernels.reference import Mask, attend, attend_blocks, merge
 
-__all__ = ["Mask", "attend", "by_head", "merge"]
+__all__ = ["Mask", "attend", "attend_blocks", "by_head", "merge"]
 
 
 def by_head(x: Float[Array, "batch width kv_heads head_dim"]) -> Float[Array, "rows width head_dim"]:

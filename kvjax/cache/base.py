@@ -42,6 +42,12 @@ class LayerCache(Protocol):
         """
         ...
 
+    def look(
+        self, q: Float[Array, "batch width heads head_dim"], positions: Int[Array, "batch width"], mask: Mask
+    ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
+        """Attend queries to all that is kept, and take nothing in: `attend`'s first two results."""
+        ...
+
     def fork(self, rows: Int[Array, "new_batch"]) -> LayerCache:
         """The layer whose row `i` is this one's row `rows[i]`."""
         ...
@@ -68,12 +74,14 @@ class Cache:
 
     `length` counts the tokens each row has taken in, which is also its next position.
     `config` and `strategy` are static: they say which model it serves and how it was made.
+    `shared` is what the layers have in common, such as a page table; most strategies need nothing there.
     """
 
     layers: tuple[Any, ...]
     length: Int[Array, "batch"]
     config: ModelConfig = static()
     strategy: Strategy = static()
+    shared: Any = None
 
     @property
     def batch(self) -> int:
@@ -87,15 +95,13 @@ class Cache:
             limits.append(self.config.max_positions)
         return min(limits, default=None)
 
-    def overflows(self, lengths: Int[Array, "batch"]) -> Bool[Array, "batch"]:
-        """Which rows have no room for `lengths` more tokens."""
-        if self.capacity is None:
-            return jnp.zeros(self.batch, bool)
-        return self.length + lengths > self.capacity
+    def opened(self, lengths: Int[Array, "batch"]) -> tuple[Cache, Bool[Array, "batch"]]:
+        """The cache as its layers need it to take in `lengths` tokens a row, and which rows have no room for them."""
+        return self.strategy.open(self, lengths)
 
-    def advanced(self, layers: tuple[Any, ...], lengths: Int[Array, "batch"]) -> Cache:
-        """The cache after `lengths` more tokens a row, with the layers that hold them."""
-        return replace(self, layers=layers, length=self.length + lengths)
+    def closed(self, layers: tuple[Any, ...], lengths: Int[Array, "batch"]) -> Cache:
+        """An opened cache after its layers took in `lengths` tokens a row."""
+        return self.strategy.close(self, layers, lengths)
 
 
 class Strategy:
@@ -103,6 +109,33 @@ class Strategy:
 
     def layer(self, spec: LayerSpec) -> LayerCache:
         raise NotImplementedError(f"{type(self).__name__} must define `layer`")
+
+    def open(self, cache: Cache, lengths: Int[Array, "batch"]) -> tuple[Cache, Bool[Array, "batch"]]:
+        """See `Cache.opened`; what layers share is worked out here, once a step."""
+        if cache.capacity is None:
+            return cache, jnp.zeros(cache.batch, bool)
+        return cache, cache.length + lengths > cache.capacity
+
+    def close(self, cache: Cache, layers: tuple[Any, ...], lengths: Int[Array, "batch"]) -> Cache:
+        """See `Cache.closed`."""
+        return replace(cache, layers=layers, length=cache.length + lengths)
+
+    def fork(self, cache: Cache, rows: Int[Array, "new_batch"]) -> Cache:
+        """See `fork`."""
+        layers = tuple(layer.fork(rows) for layer in cache.layers)
+        return replace(cache, layers=layers, length=jnp.take(cache.length, rows, axis=0, mode="clip"))
+
+    def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
+        """What `lengths` more tokens a row need and do not find, as the end of a sentence; None if they fit.
+
+        On the host, of known values; `open` says it again, inside the program.
+        """
+        if cache.capacity is None:
+            return None
+        need = int((np.asarray(cache.length) + lengths).max())
+        return (
+            None if need <= cache.capacity else f"need {need} slots a row, but the cache's capacity is {cache.capacity}"
+        )
 
     def init(self, model: Transformer, *, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of up to `capacity` tokens.
@@ -152,9 +185,7 @@ def fork(cache: Cache, rows: Int[Array, "new_batch"]) -> Cache:
 
     Source rows may repeat or be left out. Rows outside the batch raise no error inside jit: they are clipped.
     """
-    rows = jnp.asarray(rows)
-    layers = tuple(layer.fork(rows) for layer in cache.layers)
-    return replace(cache, layers=layers, length=jnp.take(cache.length, rows, axis=0, mode="clip"))
+    return cache.strategy.fork(cache, jnp.asarray(rows))
 
 
 def check(cache: Cache, model: Transformer, batch: int, where: str) -> None:

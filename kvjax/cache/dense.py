@@ -34,7 +34,10 @@ class DenseLayer:
             v=write(self.v, by_head(v).astype(self.v.dtype), start, valid),
             positions=write(self.positions, positions, start, valid),
         )
-        return *attend(q, layer.k, layer.v, positions, layer.positions, mask), layer
+        return *layer.look(q, positions, mask), layer
+
+    def look(self, q, positions, mask: Mask):
+        return attend(q, self.k, self.v, positions, self.positions, mask)
 
     def fork(self, rows: Int[Array, "new_batch"]) -> DenseLayer:
         batch = self.positions.shape[0]

@@ -37,15 +37,19 @@ class RingLayer:
         return self.positions.shape[1] - self.sinks
 
     def attend(self, q, k, v, positions, valid, mask: Mask):
-        window = self.window if mask.window is None else min(mask.window, self.window)
-        mask = replace(mask, window=window, sinks=self.sinks)
         k, v = by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
         if q.shape[1] == 1:  # the slot that is overwritten has just left the window
             layer = self._append_one(k, v, positions, valid)
-            return *attend(q, layer.k, layer.v, positions, layer.positions, mask), layer
-        kept = attend(q, self.k, self.v, positions, self.positions, mask)
-        fresh = attend(q, k, v, positions, jnp.where(valid, positions, -1), mask)
-        return *merge(kept, fresh), self._append(k, v, positions, valid)
+            return *layer.look(q, positions, mask), layer
+        fresh = attend(q, k, v, positions, jnp.where(valid, positions, -1), self._narrowed(mask))
+        return *merge(self.look(q, positions, mask), fresh), self._append(k, v, positions, valid)
+
+    def look(self, q, positions, mask: Mask):
+        return attend(q, self.k, self.v, positions, self.positions, self._narrowed(mask))
+
+    def _narrowed(self, mask: Mask) -> Mask:
+        window = self.window if mask.window is None else min(mask.window, self.window)
+        return replace(mask, window=window, sinks=self.sinks)
 
     def fork(self, rows: Int[Array, "new_batch"]) -> RingLayer:
         batch = self.positions.shape[0]

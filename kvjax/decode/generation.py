@@ -140,14 +140,10 @@ def _finish(state: State, max_new: int) -> Output:
 
 def _check_room(cache: Cache, lengths, settings: Rules) -> None:
     """All but the last new token go into the cache."""
-    if cache.capacity is None or traced(cache.length, lengths):
+    if traced(cache.length, lengths, settings.limit):
         return
-    need = np.asarray(cache.length) + np.asarray(lengths) + np.asarray(settings.limit) - 1
-    if (need > cache.capacity).any():
-        raise ValueError(
-            f"generate: held, prompt and new tokens need {int(need.max())} slots a row, but the cache's capacity "
-            f"is {cache.capacity}: make it larger, or `max_new` smaller"
-        )
+    if why := cache.strategy.need(cache, np.asarray(lengths) + np.asarray(settings.limit) - 1):
+        raise ValueError(f"generate: held, prompt and new tokens {why}: make it larger, or `max_new` smaller")
 
 
 def _seen(tokens, lengths, vocab: int):

@@ -50,8 +50,8 @@ def as_prompts(model: Transformer, cache: Cache | None, tokens, lengths, where: 
         check(cache, model, tokens.shape[0], where)
     if not traced(tokens, lengths):
         _check_values(model, tokens, lengths, own, where)
-        if cache is not None and not traced(cache.length):
-            _check_room(cache, lengths, where)
+        if cache is not None and not traced(cache.length) and (why := cache.strategy.need(cache, lengths)):
+            raise ValueError(f"{where}: `tokens`, with what the cache holds, {why}")
     return tokens.astype(np.int32), lengths.astype(np.int32)
 
 
@@ -86,17 +86,6 @@ def _check_values(model: Transformer, tokens: np.ndarray, lengths: np.ndarray, o
     wrong = tokens[real & ((tokens < 0) | (tokens >= vocab))]
     if wrong.size:
         raise ValueError(f"{where}: `tokens` must be ids in [0, {vocab}), got {wrong[:8].tolist()}")
-
-
-def _check_room(cache: Cache, lengths: np.ndarray, where: str) -> None:
-    if cache.capacity is None:
-        return
-    need = np.asarray(cache.length) + lengths
-    if (need > cache.capacity).any():
-        raise ValueError(
-            f"{where}: `tokens` need {int(need.max())} slots a row with what the cache holds, "
-            f"but its capacity is {cache.capacity}"
-        )
 
 
 def _shortened(value: Any) -> str:

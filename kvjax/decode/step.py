@@ -114,9 +114,10 @@ def _forward(model, params, tokens, lengths):
 
 @partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits"))
 def _chunk(model, params, cache, tokens, lengths, logits):
-    """One padded chunk; rows whose prompt ended earlier keep their logits."""
+    """One padded chunk; rows whose prompt ended earlier, or had no room earlier, keep their logits."""
     new, cache = cached(model, params, tokens, lengths, cache)
-    return jnp.where((lengths > 0)[:, None], new, logits), cache
+    done = (lengths == 0) | jnp.isnan(logits).any(-1)
+    return jnp.where(done[:, None], logits, new), cache
 
 
 def _pad(tokens, width: int):

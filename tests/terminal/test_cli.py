@@ -85,7 +85,10 @@ def test_generate_samples_by_seed_and_other_caches(generate, model):
 BAD = {
     "empty prompt": (["generate", ""], "the prompt is empty"),
     "no such model": (["generate", "x", "--model", "/nowhere.gguf"], "'/nowhere.gguf' does not exist"),
-    "unknown cache": (["generate", "x", "--cache", "dence"], "expected one of dense, ring, got 'dence'; did you mean"),
+    "unknown cache": (
+        ["generate", "x", "--cache", "dence"],
+        "expected one of dense, paged, ring, shared, got 'dence'; did you mean",
+    ),
     "unknown cache setting": (["generate", "x", "--cache", "ring:windows=3"], "ring has the settings window, sinks"),
     "bad cache setting": (["generate", "x", "--cache", "ring:window=0"], "`window` must be at least 1"),
     "cache setting of another type": (["generate", "x", "--cache", "ring:window=a"], "wrong type"),

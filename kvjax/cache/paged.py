@@ -1,0 +1,160 @@
+"""Keep everything, in pages of one pool that rows take when they need them.
+
+Source: Kwon et al. 2023, "PagedAttention" (arXiv:2309.06180).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.attention import Mask, attend_blocks
+from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
+from kvjax.cache.pages import Copies, Pages, allocate, counted, no_pages
+from kvjax.pytree import pytree, static
+
+BLOCK = 512
+"""Slots gathered from the pool at once, in tokens a row."""
+
+
+@pytree
+class PagedLayer:
+    """Slot `s` of a row's page `j` holds its position `j * page + s`.
+
+    `table`, `copies` and `filled`, the tokens a row has with those it takes in, are there while the cache is open.
+    """
+
+    k: Float[Array, "pages page kv_size"]
+    v: Float[Array, "pages page kv_size"]
+    kv_heads: int = static()
+    most: int = static()
+    table: Int[Array, "batch row_pages"] | None = None
+    copies: Copies | None = None
+    filled: Int[Array, "batch"] | None = None
+
+    @property
+    def limit(self) -> int:
+        return self.most
+
+    def attend(self, q, k, v, positions, valid, mask: Mask):
+        layer = replace(self, k=self._write(self.k, k, positions, valid), v=self._write(self.v, v, positions, valid))
+        return *layer.look(q, positions, mask), layer
+
+    def look(self, q, positions, mask: Mask):
+        assert self.table is not None and self.filled is not None, "an open layer"
+        table, filled = self.table, self.filled[:, None]
+        page, columns = self.k.shape[1], table.shape[1]
+        taken = min(max(BLOCK // page, 1), columns)
+        starts = jnp.minimum(jnp.arange(-(-columns // taken)) * taken, columns - taken)
+        slots = jnp.arange(taken * page)[None]
+
+        def cut(i):
+            return jax.lax.dynamic_slice_in_dim(table, starts[i], taken, axis=1)
+
+        def held(i):
+            position = starts[i] * page + slots
+            fresh = (position < filled) & (position >= i * taken * page)
+            return jnp.where(fresh, position, -1)
+
+        def load(i):
+            return tuple(self._gathered(pool, cut(i)) for pool in (self.k, self.v))
+
+        return attend_blocks(q, held, load, starts.shape[0], positions, mask)
+
+    def _gathered(self, pool, table):
+        """Pages of the pool as `[batch * kv_heads, slots, head_dim]`; what is no page reads page 0, unseen."""
+        batch, heads = table.shape[0], self.kv_heads
+        pages = jnp.take(pool, jnp.maximum(table, 0), axis=0).reshape(batch, -1, heads, pool.shape[2] // heads)
+        return pages.swapaxes(1, 2).reshape(batch * heads, -1, pages.shape[3])
+
+    def _write(self, pool, new, positions, valid: Bool[Array, "batch width"]):
+        assert self.table is not None and self.copies is not None, "an open layer"
+        pages, page, size = pool.shape
+        pool = pool.at[self.copies.target].set(jnp.take(pool, self.copies.source, axis=0), mode="drop")
+        at = jnp.take_along_axis(self.table, jnp.minimum(positions // page, self.table.shape[1] - 1), axis=1)
+        slot = jnp.where(valid, at * page + positions % page, pages * page).reshape(-1)
+        flat = pool.reshape(pages * page, size)
+        return flat.at[slot].set(new.reshape(-1, size).astype(pool.dtype), mode="drop").reshape(pool.shape)
+
+    def fork(self, rows: Int[Array, "new_batch"]) -> PagedLayer:
+        return replace(self, k=jnp.copy(self.k), v=jnp.copy(self.v))  # rows share pages, caches share no buffer
+
+
+@dataclass(frozen=True)
+class Paged(Strategy):
+    """Everything, in pages of `page` tokens from a pool of `pool` pages that all rows share.
+
+    With `pool=None` there is a page for every token that could come; a fork to more rows may still need more. A
+    row that finds no page takes nothing in: its logits are NaN, `cache.shared.starved` marks it, and it can go on
+    once others have made room (`release`). A fork shares pages until one of its rows writes to them.
+    """
+
+    page: int = 64
+    pool: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self):
+        for name, value in (("page", self.page), ("pool", self.pool)):
+            if value is not None and value < 1:
+                raise ValueError(f"Paged: `{name}` must be at least 1, got {value}")
+        check_dtype(self, self.dtype)
+
+    def layer(self, spec: LayerSpec) -> PagedLayer:
+        shape = (self._pool(spec.batch, spec.capacity), self.page, spec.kv_heads * spec.head_dim)
+        buffer = jnp.zeros(shape, self.dtype or spec.dtype)
+        return PagedLayer(buffer, jnp.zeros_like(buffer), spec.kv_heads, spec.capacity)
+
+    def init(self, model, *, batch: int, capacity: int) -> Cache:
+        cache = super().init(model, batch=batch, capacity=capacity)
+        return replace(cache, shared=no_pages(batch, -(-capacity // self.page), self._pool(batch, capacity)))
+
+    def open(self, cache: Cache, lengths):
+        cache, full = super().open(cache, lengths)
+        pages, copies = allocate(cache.shared, cache.length, jnp.where(full, 0, lengths), self.page)
+        full |= pages.starved
+        filled = cache.length + jnp.where(full, 0, lengths)
+        layers = tuple(replace(layer, table=pages.table, copies=copies, filled=filled) for layer in cache.layers)
+        return replace(cache, layers=layers, shared=replace(pages, starved=full)), full
+
+    def close(self, cache: Cache, layers, lengths) -> Cache:
+        layers = tuple(replace(layer, table=None, copies=None, filled=None) for layer in layers)
+        return super().close(cache, layers, lengths)
+
+    def fork(self, cache: Cache, rows) -> Cache:
+        pages: Pages = cache.shared
+        table, starved = (jnp.take(x, rows, axis=0, mode="clip") for x in (pages.table, pages.starved))
+        return replace(
+            super().fork(cache, rows),
+            shared=counted(replace(pages, table=table, starved=starved, kept=jnp.copy(pages.kept))),
+        )
+
+    def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
+        if why := super().need(cache, lengths):
+            return why
+        length, pages = np.asarray(cache.length), cache.shared
+        after = -(-(length + lengths) // self.page)
+        shared = (length % self.page > 0) & (lengths > 0)
+        newest = np.take_along_axis(
+            np.asarray(pages.table), np.minimum(length // self.page, pages.table.shape[1] - 1)[:, None], 1
+        )
+        copies = shared & (np.asarray(pages.refs)[np.maximum(newest[:, 0], 0)] > 1)
+        need = int((after - -(-length // self.page) + copies).sum())
+        free = int(pages.free)
+        if need <= free:
+            return None
+        return f"need {need} pages of {self.page} tokens, but {free} of the pool's {pages.refs.shape[0]} are free"
+
+    def _pool(self, batch: int, capacity: int) -> int:
+        return batch * -(-capacity // self.page) if self.pool is None else self.pool
+
+
+def release(cache: Cache, rows: Bool[Array, "batch"]) -> Cache:
+    """Empty some rows of a `Paged` cache, so that others can have their pages. Works inside jit."""
+    pages: Pages = cache.shared
+    table = jnp.where(rows[:, None], -1, pages.table)
+    shared = counted(replace(pages, table=table, starved=pages.starved & ~rows))
+    return replace(cache, length=jnp.where(rows, 0, cache.length), shared=shared)

@@ -1,0 +1,140 @@
+"""One prefix for the whole batch, held once, before what each row has of its own.
+
+Source: Juravsky et al. 2024, "Hydragen" (arXiv:2402.05099), section 3: attention over the prefix is one product of
+all rows' queries, and merges with the rest by its log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from kvjax.cache.attention import Mask, merge
+from kvjax.cache.base import Cache, LayerSpec, Strategy, check
+from kvjax.cache.dense import Dense
+from kvjax.pytree import pytree, static
+
+if TYPE_CHECKING:
+    from kvjax.model import Transformer
+
+
+@pytree
+class SharedLayer:
+    """`prefix` is a layer of one row that is only looked at; `inner` holds the rows' own tokens.
+
+    The inner layer counts positions from the prefix's end, so it needs no room for the prefix. `start` is where
+    that is, in an opened cache only.
+    """
+
+    prefix: Any
+    inner: Any
+    most: int = static()
+    start: Int[Array, ""] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return None if self.inner.limit is None else self.most + self.inner.limit
+
+    def attend(self, q, k, v, positions, valid, mask: Mask):
+        *own, inner = self.inner.attend(q, k, v, positions - self.start, valid, mask)
+        return *merge(self._before(q, positions, mask), tuple(own)), replace(self, inner=inner)
+
+    def look(self, q, positions, mask: Mask):
+        return merge(self._before(q, positions, mask), self.inner.look(q, positions - self.start, mask))
+
+    def _before(self, q, positions, mask: Mask):
+        """All rows' queries as one row's: the prefix is read once for the batch."""
+        batch, width, heads, dim = q.shape
+        out, lse = self.prefix.look(q.reshape(1, batch * width, heads, dim), positions.reshape(1, -1), mask)
+        return out.reshape(q.shape), lse.reshape(batch, width, heads)
+
+    def fork(self, rows: Int[Array, "new_batch"]) -> SharedLayer:
+        return replace(self, prefix=jax.tree.map(jnp.copy, self.prefix), inner=self.inner.fork(rows))
+
+
+@pytree
+class Prefix:
+    """Tokens in the shared prefix, and what the inner strategy's layers have in common."""
+
+    length: Int[Array, ""]
+    inner: Any
+
+
+@dataclass(frozen=True)
+class Shared(Strategy):
+    """A prefix that all rows see, and `inner` for what follows it in each.
+
+    `share` makes one from a cache that holds the prefix; `init` makes one whose prefix is empty.
+    """
+
+    inner: Strategy = Dense()
+
+    def layer(self, spec: LayerSpec) -> SharedLayer:
+        return SharedLayer(Dense().layer(replace(spec, batch=1, capacity=1)), self.inner.layer(spec), most=0)
+
+    def init(self, model: Transformer, *, batch: int, capacity: int) -> Cache:
+        return share(model, Dense().init(model, batch=1, capacity=1), batch=batch, capacity=capacity, inner=self.inner)
+
+    def open(self, cache: Cache, lengths):
+        inner, full = self.inner.open(_own(cache), lengths)
+        if cache.config.rope is None:
+            full |= cache.length + lengths > cache.config.max_positions
+        start = cache.shared.length
+        layers = [replace(at, inner=own, start=start) for at, own in zip(cache.layers, inner.layers, strict=True)]
+        return replace(cache, layers=tuple(layers), shared=replace(cache.shared, inner=inner.shared)), full
+
+    def close(self, cache: Cache, layers, lengths) -> Cache:
+        own = _own(replace(cache, layers=layers))
+        return _with(cache, self.inner.close(own, own.layers, lengths))
+
+    def fork(self, cache: Cache, rows) -> Cache:
+        prefixes = jax.tree.map(jnp.copy, [layer.prefix for layer in cache.layers])
+        layers = [replace(layer, prefix=own) for layer, own in zip(cache.layers, prefixes, strict=True)]
+        shared = replace(cache.shared, length=jnp.copy(cache.shared.length))
+        return _with(replace(cache, layers=tuple(layers), shared=shared), self.inner.fork(_own(cache), rows))
+
+    def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
+        return self.inner.need(_own(cache), lengths)
+
+
+def share(model: Transformer, prefix: Cache, *, batch: int, capacity: int, inner: Strategy | None = None) -> Cache:
+    """A cache of `batch` rows that all go on from what `prefix`, a cache of one row, holds.
+
+    The prefix is copied once, as it was kept, whatever its strategy; `prefix` itself stays valid.
+
+    Args:
+        capacity: tokens a row may take in after the prefix.
+        inner: how those are kept; `Dense()` if None.
+    Raises:
+        ValueError: if `prefix` has more than one row or is of another model, or a size is below 1.
+    """
+    check(prefix, model, 1, "share")
+    inner = Dense() if inner is None else inner
+    own = inner.init(model, batch=batch, capacity=capacity)
+    held = prefix.opened(jnp.zeros(1, jnp.int32))[0].layers
+    most = prefix.capacity or 0
+    layers = [
+        SharedLayer(jax.tree.map(jnp.copy, before), after, most) for before, after in zip(held, own.layers, strict=True)
+    ]
+    length = jnp.copy(jnp.broadcast_to(prefix.length, (batch,)))
+    shared = Prefix(jnp.copy(prefix.length[0]), own.shared)
+    return Cache(tuple(layers), length, model.config, Shared(inner), shared)
+
+
+def _own(cache: Cache) -> Cache:
+    """What the rows have of their own, as a cache of the inner strategy."""
+    assert isinstance(cache.strategy, Shared)
+    layers = tuple(layer.inner for layer in cache.layers)
+    return Cache(layers, cache.length - cache.shared.length, cache.config, cache.strategy.inner, cache.shared.inner)
+
+
+def _with(cache: Cache, own: Cache) -> Cache:
+    """`cache` with `own` in place of what the rows had."""
+    layers = [replace(at, inner=new, start=None) for at, new in zip(cache.layers, own.layers, strict=True)]
+    shared = replace(cache.shared, inner=own.shared)
+    return replace(cache, layers=tuple(layers), length=own.length + cache.shared.length, shared=shared)
