@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import Mask
-from kvjax.config import ModelConfig
+from kvjax.config import ModelConfig, Rope
 from kvjax.pytree import pytree, static
 
 if TYPE_CHECKING:
@@ -55,7 +55,10 @@ class LayerCache(Protocol):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The sizes that one layer's cache is made for. `capacity` is in tokens a row."""
+    """What one layer's cache is made for: its sizes, its place among the model's `layers`, its rotary embedding.
+
+    `capacity` is in tokens a row, `group` the query heads that share a K/V head.
+    """
 
     batch: int
     capacity: int
@@ -63,6 +66,10 @@ class LayerSpec:
     head_dim: int
     window: int | None
     dtype: str
+    group: int = 1
+    index: int = 0
+    layers: int = 1
+    rope: Rope | None = None
 
     def zeros(self, slots: int) -> Float[Array, "rows slots head_dim"]:
         return jnp.zeros((self.batch * self.kv_heads, slots, self.head_dim), self.dtype)
@@ -154,8 +161,10 @@ class Strategy:
                 f"{type(self).__name__}.init: `capacity` must be at most the model's {c.max_positions} "
                 f"learned positions, got {capacity}"
             )
+        sizes = (batch, capacity, c.kv_heads, c.head_dim)
         specs = [
-            LayerSpec(batch, capacity, c.kv_heads, c.head_dim, window, model.precision.cache) for window in c.windows
+            LayerSpec(*sizes, window, model.precision.cache, c.heads // c.kv_heads, index, c.layers, c.rope)
+            for index, window in enumerate(c.windows)
         ]
         layers = tuple(self.layer(spec) for spec in specs)
         return Cache(layers, jnp.zeros(batch, jnp.int32), c, self)
