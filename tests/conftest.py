@@ -1,4 +1,7 @@
-"""Strict JAX for every test: no silent promotion, no reused key."""
+"""Strict JAX for every test: no silent promotion, no reused key, no program from an earlier run."""
+
+import os
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -7,6 +10,20 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
+os.environ["KVJAX_COMPILE_CACHE"] = "0"
+
+
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 30_000
+"""Of memory, in this process. Linux allows 65,530; compiled programs take a few each, and XLA crashes at the limit."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Those of earlier modules are dropped once there are too many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

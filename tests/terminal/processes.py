@@ -20,7 +20,6 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def in_process(home: Path, monkeypatch, capsys):
     """The command line in this process, where programs stay compiled: call it as `call`, without a home."""
     monkeypatch.setenv("KVJAX_CACHE", str(home))
-    monkeypatch.setenv("KVJAX_COMPILE_CACHE", "0")
 
     def call(*args: str, text: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
