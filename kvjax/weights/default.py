@@ -6,6 +6,7 @@ network is touched.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -68,10 +69,11 @@ def _fetch(path: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed process left here a day ago or longer."""
+    """Remove what a killed process left here a day ago or longer. Others may end, and remove theirs, meanwhile."""
     for left in folder.glob(".fetch-*"):
-        if time.time() - left.stat().st_mtime > _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _download(folder: Path, path: Path) -> Path:

@@ -132,6 +132,12 @@ def test_what_a_killed_process_left_is_swept_away_after_a_day(cache, pip):
     assert left(cache) == [".fetch-new", path.name]
 
 
+def test_what_vanishes_during_the_sweep_is_no_error(cache, pip):
+    cache.models.mkdir(parents=True)
+    (cache.models / ".fetch-gone").symlink_to("nowhere")  # listed, and not there when looked at
+    assert default.default_model().read_bytes() == CONTENT
+
+
 def test_two_at_once_both_get_it(cache, pip):
     found = []
     threads = [threading.Thread(target=lambda: found.append(default.default_model())) for _ in range(4)]
