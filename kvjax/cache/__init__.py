@@ -5,6 +5,7 @@ from kvjax.cache.dense import Dense
 from kvjax.cache.paged import Paged, release
 from kvjax.cache.ring import Ring
 from kvjax.cache.shared import Shared, share
+from kvjax.cache.stats import Stats, stats
 
 STRATEGIES = {"dense": Dense, "paged": Paged, "ring": Ring, "shared": Shared}
 """Every strategy by name; the tests cross this table with every decoder."""
@@ -18,9 +19,11 @@ __all__ = [
     "Paged",
     "Ring",
     "Shared",
+    "Stats",
     "Strategy",
     "fork",
     "nbytes",
     "release",
     "share",
+    "stats",
 ]

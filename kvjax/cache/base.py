@@ -48,6 +48,13 @@ class LayerCache(Protocol):
         """Attend queries to all that is kept, and take nothing in: `attend`'s first two results."""
         ...
 
+    def held(self, length: Int[Array, "batch"]) -> Int[Array, "rows slots"]:
+        """The position that each slot holds when rows have taken in `length` tokens, -1 where none.
+
+        One row a batch row, or one a K/V head of each (`rows = batch * kv_heads`). The cache is open, as for `look`.
+        """
+        ...
+
     def fork(self, rows: Int[Array, "new_batch"]) -> LayerCache:
         """The layer whose row `i` is this one's row `rows[i]`."""
         ...

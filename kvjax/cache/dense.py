@@ -39,6 +39,9 @@ class DenseLayer:
     def look(self, q, positions, mask: Mask):
         return attend(q, self.k, self.v, positions, self.positions, mask)
 
+    def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
+        return jnp.where(self.positions < length[:, None], self.positions, -1)
+
     def fork(self, rows: Int[Array, "new_batch"]) -> DenseLayer:
         batch = self.positions.shape[0]
         return jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), self)

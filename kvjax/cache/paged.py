@@ -65,6 +65,11 @@ class PagedLayer:
 
         return attend_blocks(q, held, load, starts.shape[0], positions, mask)
 
+    def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
+        """Slots are those of a row's own pages, in its order; no page is needed to say what they hold."""
+        slots = jnp.arange(self.most, dtype=jnp.int32)[None]
+        return jnp.where(slots < length[:, None], slots, -1)
+
     def _gathered(self, pool, table):
         """Pages of the pool as `[batch * kv_heads, slots, head_dim]`; what is no page reads page 0, unseen."""
         batch, heads = table.shape[0], self.kv_heads
@@ -126,11 +131,11 @@ class Paged(Strategy):
 
     def fork(self, cache: Cache, rows) -> Cache:
         pages: Pages = cache.shared
-        table, starved = (jnp.take(x, rows, axis=0, mode="clip") for x in (pages.table, pages.starved))
-        return replace(
-            super().fork(cache, rows),
-            shared=counted(replace(pages, table=table, starved=starved, kept=jnp.copy(pages.kept))),
-        )
+        by_row = {
+            name: jnp.take(getattr(pages, name), rows, axis=0, mode="clip")
+            for name in ("table", "starved", "hits", "misses")
+        }
+        return replace(super().fork(cache, rows), shared=counted(replace(pages, kept=jnp.copy(pages.kept), **by_row)))
 
     def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
         if why := super().need(cache, lengths):
@@ -156,5 +161,6 @@ def release(cache: Cache, rows: Bool[Array, "batch"]) -> Cache:
     """Empty some rows of a `Paged` cache, so that others can have their pages. Works inside jit."""
     pages: Pages = cache.shared
     table = jnp.where(rows[:, None], -1, pages.table)
-    shared = counted(replace(pages, table=table, starved=pages.starved & ~rows))
-    return replace(cache, length=jnp.where(rows, 0, cache.length), shared=shared)
+    length, hits, misses = (jnp.where(rows, 0, x) for x in (cache.length, pages.hits, pages.misses))
+    shared = counted(replace(pages, table=table, starved=pages.starved & ~rows, hits=hits, misses=misses))
+    return replace(cache, length=length, shared=shared)

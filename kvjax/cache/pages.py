@@ -19,13 +19,16 @@ class Pages:
 
     `table` names the pool's page behind each page of a row, -1 where there is none yet; `kept` marks pages that a
     prefix store holds; `refs` counts a page's holders, rows and store; `starved` marks rows that found no page, or
-    no room in their table, when they last asked.
+    no room in their table, when they last asked. Of each row's prompt `hits` tokens were found in a prefix store and
+    `misses` were not; both are 0 for a row that asked none.
     """
 
     table: Int[Array, "batch row_pages"]
     refs: Int[Array, "pages"]
     starved: Bool[Array, "batch"]
     kept: Bool[Array, "pages"]
+    hits: Int[Array, "batch"]
+    misses: Int[Array, "batch"]
 
     @property
     def free(self) -> Int[Array, ""]:
@@ -44,7 +47,8 @@ class Copies:
 def no_pages(batch: int, row_pages: int, pool: int) -> Pages:
     """A table of rows that hold nothing."""
     table = jnp.full((batch, row_pages), -1, jnp.int32)
-    return Pages(table, jnp.zeros(pool, jnp.int32), jnp.zeros(batch, bool), jnp.zeros(pool, bool))
+    refs, kept, starved = jnp.zeros(pool, jnp.int32), jnp.zeros(pool, bool), jnp.zeros(batch, bool)
+    return Pages(table, refs, starved, kept, hits=jnp.zeros(batch, jnp.int32), misses=jnp.zeros(batch, jnp.int32))
 
 
 def wanted(length: Int[Array, "batch"], lengths: Int[Array, "batch"], page: int):

@@ -51,6 +51,9 @@ class RingLayer:
         window = self.window if mask.window is None else min(mask.window, self.window)
         return replace(mask, window=window, sinks=self.sinks)
 
+    def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
+        return jnp.where(self.positions < length[:, None], self.positions, -1)
+
     def fork(self, rows: Int[Array, "new_batch"]) -> RingLayer:
         batch = self.positions.shape[0]
         return jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), self)

@@ -47,6 +47,16 @@ class SharedLayer:
     def look(self, q, positions, mask: Mask):
         return merge(self._before(q, positions, mask), self.inner.look(q, positions - self.start, mask))
 
+    def held(self, length: Int[Array, "batch"]) -> Int[Array, "rows slots"]:
+        """The prefix's slots, which every row sees, before the row's own."""
+        assert self.start is not None, "an open layer"
+        before = self.prefix.held(self.start[None])
+        own = self.inner.held(length - self.start)
+        own = jnp.where(own < 0, -1, own + self.start)
+        each = max(before.shape[0], own.shape[0] // length.shape[0])  # rows a batch row: one, or one a K/V head
+        before, own = (jnp.repeat(x, each * n // x.shape[0], 0) for x, n in ((before, 1), (own, length.shape[0])))
+        return jnp.concatenate([jnp.tile(before, (length.shape[0], 1)), own], axis=1)
+
     def _before(self, q, positions, mask: Mask):
         """All rows' queries as one row's: the prefix is read once for the batch."""
         batch, width, heads, dim = q.shape
