@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from kvjax.config import ModelConfig, Precision, Rope
     from kvjax.decode import Output, Sampling, decode_step, forward, generate, prefill, stream
     from kvjax.model import Transformer, init_params, param_shapes
-    from kvjax.weights import load, restore, save, save_model
+    from kvjax.weights import load, restore, restore_store, save, save_model, save_store
 
 _HOMES = {
     "kvjax.cache": ("Cache", "fork", "nbytes"),
     "kvjax.config": ("ModelConfig", "Precision", "Rope"),
     "kvjax.decode": ("Output", "Sampling", "decode_step", "forward", "generate", "prefill", "stream"),
     "kvjax.model": ("Transformer", "init_params", "param_shapes"),
-    "kvjax.weights": ("load", "restore", "save", "save_model"),
+    "kvjax.weights": ("load", "restore", "restore_store", "save", "save_model", "save_store"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = ("cache", "decode")
@@ -46,8 +46,10 @@ __all__ = [
     "param_shapes",
     "prefill",
     "restore",
+    "restore_store",
     "save",
     "save_model",
+    "save_store",
     "stream",
 ]
 

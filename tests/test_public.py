@@ -26,8 +26,10 @@ NAMES = [
     "param_shapes",
     "prefill",
     "restore",
+    "restore_store",
     "save",
     "save_model",
+    "save_store",
     "stream",
 ]
 

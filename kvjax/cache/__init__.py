@@ -1,5 +1,6 @@
 """How keys and values are kept: strategies, and the pytrees they make."""
 
+from kvjax.cache import prefix
 from kvjax.cache.base import Cache, LayerCache, LayerSpec, Strategy, fork, nbytes
 from kvjax.cache.dense import Dense
 from kvjax.cache.paged import Paged, release
@@ -23,6 +24,7 @@ __all__ = [
     "Strategy",
     "fork",
     "nbytes",
+    "prefix",
     "release",
     "share",
     "stats",

@@ -135,31 +135,38 @@ class Paged(Strategy):
             name: jnp.take(getattr(pages, name), rows, axis=0, mode="clip")
             for name in ("table", "starved", "hits", "misses")
         }
-        return replace(super().fork(cache, rows), shared=counted(replace(pages, kept=jnp.copy(pages.kept), **by_row)))
+        same = {name: jnp.copy(getattr(pages, name)) for name in ("kept", "stamp")}
+        return replace(super().fork(cache, rows), shared=counted(replace(pages, **same, **by_row)))
 
     def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
         if why := super().need(cache, lengths):
             return why
-        length, pages = np.asarray(cache.length), cache.shared
-        after = -(-(length + lengths) // self.page)
-        shared = (length % self.page > 0) & (lengths > 0)
-        newest = np.take_along_axis(
-            np.asarray(pages.table), np.minimum(length // self.page, pages.table.shape[1] - 1)[:, None], 1
-        )
-        copies = shared & (np.asarray(pages.refs)[np.maximum(newest[:, 0], 0)] > 1)
-        need = int((after - -(-length // self.page) + copies).sum())
-        free = int(pages.free)
+        need, refs = demand(cache, lengths), np.asarray(cache.shared.refs)
+        free = int((refs == 0).sum())
         if need <= free:
             return None
-        return f"need {need} pages of {self.page} tokens, but {free} of the pool's {pages.refs.shape[0]} are free"
+        return f"need {need} pages of {self.page} tokens, but {free} of the pool's {refs.size} are free"
 
     def _pool(self, batch: int, capacity: int) -> int:
         return batch * -(-capacity // self.page) if self.pool is None else self.pool
 
 
-def release(cache: Cache, rows: Bool[Array, "batch"]) -> Cache:
-    """Empty some rows of a `Paged` cache, so that others can have their pages. Works inside jit."""
+def demand(cache: Cache, lengths: np.ndarray) -> int:
+    """Pages that `lengths` more tokens a row take from the pool of a `Paged` cache: new ones, and copies to write to.
+
+    On the host; `allocate` comes to the same inside the program.
+    """
+    length, page, pages = np.asarray(cache.length), cache.layers[0].k.shape[1], cache.shared
+    columns = np.minimum(length // page, pages.table.shape[1] - 1)[:, None]
+    newest = np.take_along_axis(np.asarray(pages.table), columns, 1)[:, 0]
+    copies = (length % page > 0) & (lengths > 0) & (np.asarray(pages.refs)[np.maximum(newest, 0)] > 1)
+    return int((-(-(length + lengths) // page) - -(-length // page) + copies).sum())
+
+
+def release(cache: Cache, rows: Bool[Array, "batch"] | None = None) -> Cache:
+    """Empty some rows of a `Paged` cache, all if None, so that others can have their pages. Works inside jit."""
     pages: Pages = cache.shared
+    rows = jnp.ones(cache.batch, bool) if rows is None else rows
     table = jnp.where(rows[:, None], -1, pages.table)
     length, hits, misses = (jnp.where(rows, 0, x) for x in (cache.length, pages.hits, pages.misses))
     shared = counted(replace(pages, table=table, starved=pages.starved & ~rows, hits=hits, misses=misses))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from kvjax.pytree import pytree
 
@@ -20,7 +20,7 @@ class Pages:
     `table` names the pool's page behind each page of a row, -1 where there is none yet; `kept` marks pages that a
     prefix store holds; `refs` counts a page's holders, rows and store; `starved` marks rows that found no page, or
     no room in their table, when they last asked. Of each row's prompt `hits` tokens were found in a prefix store and
-    `misses` were not; both are 0 for a row that asked none.
+    `misses` were not; both are 0 for a row that asked none. `stamp` is that of the store (`PrefixStore.stamp`).
     """
 
     table: Int[Array, "batch row_pages"]
@@ -29,6 +29,7 @@ class Pages:
     kept: Bool[Array, "pages"]
     hits: Int[Array, "batch"]
     misses: Int[Array, "batch"]
+    stamp: UInt32[Array, ""]
 
     @property
     def free(self) -> Int[Array, ""]:
@@ -48,7 +49,8 @@ def no_pages(batch: int, row_pages: int, pool: int) -> Pages:
     """A table of rows that hold nothing."""
     table = jnp.full((batch, row_pages), -1, jnp.int32)
     refs, kept, starved = jnp.zeros(pool, jnp.int32), jnp.zeros(pool, bool), jnp.zeros(batch, bool)
-    return Pages(table, refs, starved, kept, hits=jnp.zeros(batch, jnp.int32), misses=jnp.zeros(batch, jnp.int32))
+    hits, misses = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
+    return Pages(table, refs, starved, kept, hits, misses, stamp=jnp.zeros((), jnp.uint32))
 
 
 def wanted(length: Int[Array, "batch"], lengths: Int[Array, "batch"], page: int):

@@ -47,7 +47,7 @@ def stats(cache: Cache) -> Stats:
         evictions.append(cache.length.astype(jnp.float32) - used.mean(1))
         fill.append(used.mean(1) / slots.shape[-1])
         age.append((ages / jnp.maximum(used, 1.0)).mean(1))
-    share = [jnp.full(cache.batch, nbytes(layer) / cache.batch) for layer in cache.layers]
+    share = [jnp.full(cache.batch, nbytes(layer) / cache.batch, jnp.float32) for layer in cache.layers]
     pages = _pages(cache)
     nothing = jnp.zeros(cache.batch, jnp.int32)
     hits, misses = (nothing, nothing) if pages is None else (pages.hits, pages.misses)

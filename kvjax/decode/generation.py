@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from kvjax.cache.base import Cache
+from kvjax.cache.base import Cache, check
+from kvjax.cache.prefix import PrefixStore, keep, reuse
 from kvjax.decode import state as decoding
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two, rules
@@ -23,7 +24,8 @@ class Output(NamedTuple):
 
     `tokens` are the new ones, -1 past each row's `lengths`; `logprobs` are of the model's own distribution,
     in nats; `reason` says by its number in `REASONS` why the row ended. The cache holds all but each row's
-    last token: to go on, give that one (`last`) as the next prompt, alone or with more after it.
+    last token: to go on, give that one (`last`) as the next prompt, alone or with more after it. `store` is the prefix
+    store that now keeps these rows too, if one was given.
     """
 
     tokens: Int[Array, "batch new"]
@@ -31,6 +33,7 @@ class Output(NamedTuple):
     logprobs: Float[Array, "batch new"]
     cache: Cache
     reason: Int[Array, "batch"]
+    store: PrefixStore | None = None
 
     @property
     def last(self) -> Int[Array, "batch one"]:
@@ -56,6 +59,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     tokenizer=None,
+    store: PrefixStore | None = None,
 ) -> Output:
     """Take in prompts and decode up to `max_new` tokens a row, ending early when every row has ended.
 
@@ -66,13 +70,16 @@ def generate(
         key: needed when a row samples. Same key and row (or `Sampling.seed`): same tokens.
         sampling: for all rows, or one each.
         tokenizer: needed for stop strings only.
+        store: keys of earlier texts in this `Paged` cache, donated. Prompts are then whole texts for empty rows
+            (`kvjax.cache.release`): only what the store does not have of them is taken in, and the store that the
+            output brings keeps these texts as well.
     Raises:
-        ValueError: for what `prefill` refuses, `max_new` below 1, or too small a cache.
+        ValueError: for what `prefill` refuses, `max_new` below 1, too small a cache, or a store that is not its.
         FloatingPointError: if a row's logits were not finite, with the row and the step.
     """
-    state, settings, _ = _start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer)
-    state = decoding.advance(model, params, state, settings, max_new)
-    return _finish(state, max_new)
+    begun = _start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store)
+    state = decoding.advance(model, params, begun.state, begun.rules, max_new)
+    return _finish(begun, state, max_new)
 
 
 def stream(
@@ -86,44 +93,63 @@ def stream(
     key: Key[Array, ""] | None = None,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     tokenizer=None,
+    store: PrefixStore | None = None,
 ) -> Generator[Step, None, Output]:
     """`generate`, yielding each step's tokens as they come; the generator's return value is the `Output`.
 
     The same tokens by the same compiled loop. The next step is under way while the caller has the last.
     """
-    state, settings, ready = _start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer)
+    begun = _start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store)
+    state, ready = begun.state, begun.ready
     while True:
-        state, *ahead = decoding.step(model, params, state, settings)
+        state, *ahead = decoding.step(model, params, state, begun.rules)
         if ready is not None:
             now = Step(*(np.asarray(x) for x in ready))
             if (now.tokens >= 0).any():
                 yield now
             if (now.reason != decoding.RUNNING).all():
-                return _finish(state, max_new)
+                return _finish(begun, state, max_new)
         ready = ahead
 
 
-def _start(
-    model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer
-) -> tuple[State, Rules, tuple[Array, ...] | None]:
-    """Prefill and the first token; a prompt of one token is left to the loop. The third is the first `Step`."""
+class _Begun(NamedTuple):
+    """A generation after its prompts; `ready` is the first `Step`, if there is one, and `prompts` are for the store."""
+
+    state: State
+    rules: Rules
+    ready: tuple[Array, ...] | None
+    store: PrefixStore | None
+    prompts: list[list[int]]
+
+
+def _start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store) -> _Begun:
+    """Prefill and the first token; a prompt of one token is left to the loop."""
     if not isinstance(max_new, (int, np.integer)) or max_new < 1:
         raise ValueError(f"generate: `max_new` must be at least 1, a whole number, got {max_new!r}")
-    tokens, lengths = as_prompts(model, cache, tokens, lengths, "generate")
+    tokens, lengths = as_prompts(model, cache if store is None else None, tokens, lengths, "generate")
     batch, vocab = tokens.shape[0], model.config.vocab
     settings = rules(sampling, batch=batch, vocab=vocab, max_new=max_new, key=key, tokenizer=tokenizer)
-    _check_room(cache, lengths, settings)
     seen = _seen(tokens, lengths, vocab)
+    prompts = []
+    if store is not None:
+        check(cache, model, batch, "generate")
+        if traced(tokens, lengths, cache.length, settings.limit):
+            raise ValueError("generate: `store` is an index on the host, and cannot be used inside `jit`")
+        prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        store, cache, rest = reuse(store, cache, prompts, np.asarray(settings.limit) - 1)
+        tokens, lengths = as_prompts(model, cache, rest, None, "generate")
+    _check_room(cache, lengths, settings)
     room = power_of_two(max_new)
     if tokens.shape[1] == 1:
-        return decoding.begin(cache, jnp.asarray(tokens[:, 0]), seen, room), settings, None
+        state = decoding.begin(cache, jnp.asarray(tokens[:, 0]), seen, room)
+        return _Begun(state, settings, None, store, prompts)
     logits, cache = fill(model, params, cache, tokens, lengths)
     state = decoding.begin(cache, jnp.asarray(np.zeros(batch, np.int32)), seen, room)
     state, *ready = decoding.first(state, settings, logits)
-    return state, settings, tuple(ready)
+    return _Begun(state, settings, tuple(ready), store, prompts)
 
 
-def _finish(state: State, max_new: int) -> Output:
+def _finish(begun: _Begun, state: State, max_new: int) -> Output:
     if not traced(state.reason):
         failed = np.flatnonzero(np.asarray(state.reason) == decoding.NOT_FINITE)
         if failed.size:
@@ -135,7 +161,12 @@ def _finish(state: State, max_new: int) -> Output:
     tokens, logprobs = state.tokens, state.logprobs
     if tokens.shape[1] != max_new:
         tokens, logprobs = tokens[:, :max_new], logprobs[:, :max_new]
-    return Output(tokens, state.lengths, logprobs, state.cache, state.reason)
+    store, cache = begun.store, state.cache
+    if store is not None:
+        ends = np.asarray(cache.length).tolist()
+        texts = [(a + b)[:end] for a, b, end in zip(begun.prompts, np.asarray(tokens).tolist(), ends, strict=True)]
+        store, cache = keep(store, cache, texts, prompts=[len(prompt) for prompt in begun.prompts])
+    return Output(tokens, state.lengths, logprobs, cache, state.reason, store)
 
 
 def _check_room(cache: Cache, lengths, settings: Rules) -> None:

@@ -3,6 +3,18 @@
 from kvjax.weights.checkpoint import restore, save, save_model
 from kvjax.weights.families import FAMILIES
 from kvjax.weights.loader import Loaded, load
+from kvjax.weights.prefix_store import restore_store, save_store
 from kvjax.weights.tokenizer import TextStream, Tokenizer
 
-__all__ = ["FAMILIES", "Loaded", "TextStream", "Tokenizer", "load", "restore", "save", "save_model"]
+__all__ = [
+    "FAMILIES",
+    "Loaded",
+    "TextStream",
+    "Tokenizer",
+    "load",
+    "restore",
+    "restore_store",
+    "save",
+    "save_model",
+    "save_store",
+]

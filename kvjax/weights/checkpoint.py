@@ -51,7 +51,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         for i, (_, leaf) in enumerate(leaves)
         if not isinstance(leaf, _SCALARS) and np.size(leaf)
     }
-    with _new_folder(Path(path), "manifest.json") as folder:
+    with new_folder(Path(path), "manifest.json") as folder:
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
         if stored:
             import orbax.checkpoint as ocp
@@ -112,7 +112,7 @@ def save_model(path: str | os.PathLike[str], loaded: Loaded) -> None:
     model, params, tokenizer = loaded
     about: dict[str, Any] = {"format": _MODEL_FORMAT, "config": asdict(model.config)}
     about["precision"] = asdict(model.precision)
-    with _new_folder(Path(path), "kvjax.json") as folder:
+    with new_folder(Path(path), "kvjax.json") as folder:
         save(folder / "params", params)
         if tokenizer is not None:
             (folder / "tokenizer.json").write_text(tokenizer.inner.to_str(), encoding="utf-8")
@@ -230,7 +230,7 @@ def _empty(leaf: Any, row: dict) -> jax.Array:
 
 
 @contextlib.contextmanager
-def _new_folder(path: Path, mark: str) -> Generator[Path]:
+def new_folder(path: Path, mark: str) -> Generator[Path]:
     """A fresh folder beside `path` that takes its place when all went well; `mark` is a file only ours have."""
     if path.exists() and not (path / mark).exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"save: {path} exists and is no checkpoint of this kind; give another path")
