@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax.cache import Dense, Paged, Ring, Shared
+from kvjax.cache import Dense, Paged, Quantized, Ring, Shared
 
 CACHES = {
     "Dense()": Dense(),
     "Ring()": Ring(),
     "Ring(window=6, sinks=2)": Ring(window=6, sinks=2),
     "Paged(page=4, pool=24)": Paged(page=4, pool=24),
+    "Quantized(8)": Quantized(8),
     "Shared(Dense())": Shared(Dense()),
     "Shared(Paged(page=4))": Shared(Paged(page=4)),
 }

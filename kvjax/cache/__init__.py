@@ -4,11 +4,12 @@ from kvjax.cache import prefix
 from kvjax.cache.base import Cache, LayerCache, LayerSpec, Strategy, fork, nbytes
 from kvjax.cache.dense import Dense
 from kvjax.cache.paged import Paged, release
+from kvjax.cache.quantized import Quantized
 from kvjax.cache.ring import Ring
 from kvjax.cache.shared import Shared, share
 from kvjax.cache.stats import Stats, stats
 
-STRATEGIES = {"dense": Dense, "paged": Paged, "ring": Ring, "shared": Shared}
+STRATEGIES = {"dense": Dense, "paged": Paged, "quantized": Quantized, "ring": Ring, "shared": Shared}
 """Every strategy by name; the tests cross this table with every decoder."""
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LayerCache",
     "LayerSpec",
     "Paged",
+    "Quantized",
     "Ring",
     "Shared",
     "Stats",

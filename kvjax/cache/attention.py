@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from kernels.reference import Mask, attend, attend_blocks, merge
+from kernels.reference import Mask, attend, attend_blocks, merge, visible
 
-__all__ = ["Mask", "attend", "attend_blocks", "by_head", "merge"]
+__all__ = ["Mask", "attend", "attend_blocks", "by_head", "merge", "visible"]
 
 
 def by_head(x: Float[Array, "batch width kv_heads head_dim"]) -> Float[Array, "rows width head_dim"]:

@@ -80,6 +80,7 @@ def test_generate_samples_by_seed_and_other_caches(generate, model):
     warm = ("--temperature", "1.5", "--top-k", "50")
     assert tokens(*warm, "--seed", "3") == tokens(*warm, "--seed", "3") != tokens(*warm, "--seed", "4")
     assert tokens("--cache", "ring:window=64,sinks=2") == tokens()
+    assert tokens("--cache", "quantized:bits=2,residual=64") == tokens()
 
 
 BAD = {
@@ -87,7 +88,7 @@ BAD = {
     "no such model": (["generate", "x", "--model", "/nowhere.gguf"], "'/nowhere.gguf' does not exist"),
     "unknown cache": (
         ["generate", "x", "--cache", "dence"],
-        "expected one of dense, paged, ring, shared, got 'dence'; did you mean",
+        "expected one of dense, paged, quantized, ring, shared, got 'dence'; did you mean",
     ),
     "unknown cache setting": (["generate", "x", "--cache", "ring:windows=3"], "ring has the settings window, sinks"),
     "bad cache setting": (["generate", "x", "--cache", "ring:window=0"], "`window` must be at least 1"),

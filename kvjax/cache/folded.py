@@ -1,0 +1,110 @@
+"""Products with packed keys and values that never unpack them: sums of codes, written out channel by channel.
+
+Scales are folded into the queries, the logits, the weights or the sums of a group, wherever they are few. The sum is
+written out, so that XLA makes one loop of it that unpacks in registers; a product that waits for unpacked keys took
+twenty times as long. Slots come first in what is summed, so that XLA shares them out evenly among cores.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped, UInt8
+
+from kvjax.cache.attention import Mask, visible
+from kvjax.cache.packing import unpack
+from kvjax.cache.quantize import Codec
+
+TERMS = 64
+"""Slots summed in one expression: more take longer to compile, fewer leave more partial sums."""
+
+
+def scores(
+    codec: Codec,
+    codes: UInt8[Array, "rows bytes head_dim groups"],
+    scales: Shaped[Array, "rows sharing groups"],
+    q: Float[Array, "rows queries head_dim"],
+) -> Float[Array, "rows queries group groups"]:
+    """`q @ k.T` for the keys that `codec.decode` would give, as it would give their slots in groups."""
+    scale, offset = codec.parameters(scales)
+    by_channel = codec.form == "channel"
+    each = q.transpose(2, 0, 1)[..., None]
+    if by_channel:
+        each = each * scale.swapaxes(0, 1)[:, :, None]
+    each, total = jax.lax.optimization_barrier(each), [jnp.zeros(()), jnp.zeros(())]
+    for d in range(codec.head_dim):  # two sums, for neither then waits for the other
+        level = codec.level(jnp.moveaxis(unpack(codes[:, :, d], codec.bits), 0, 3))
+        total[d % 2] = total[d % 2] + each[None, None, None, d] * level[..., None, :]
+    out = jax.lax.optimization_barrier(total[0] + total[1])
+    out = out.reshape(codec.group, *out.shape[3:]).transpose(1, 2, 0, 3)
+    if not by_channel:
+        out = out * scale[:, None]
+    if offset is None:
+        return out
+    if by_channel:
+        return out + jnp.einsum("rqd,rdn->rqn", q, offset)[:, :, None]
+    return out + q.sum(-1)[..., None, None] * offset[:, None]
+
+
+def mix(
+    codec: Codec,
+    codes: UInt8[Array, "rows bytes groups head_dim"],
+    scales: Shaped[Array, "rows sharing groups"],
+    weights: Float[Array, "rows queries group groups"],
+) -> Float[Array, "rows queries head_dim"]:
+    """`weights @ v` for the values that `codec.decode` would give."""
+    scale, offset = codec.parameters(scales)
+    by_channel, groups = codec.form == "channel", codes.shape[2]
+    tile = 1 if by_channel else min(groups, -(-TERMS // codec.group))
+    each = jax.lax.optimization_barrier(weights if by_channel else weights * scale[:, None])
+
+    def partial_sums(first: int, size: int, count: int) -> Float[Array, "rows queries count head_dim"]:
+        """Over `size` groups at a time, `count` times."""
+        total = [jnp.zeros(()), jnp.zeros(())]
+        for i in range(size):
+            cut = slice(first + i * count, first + (i + 1) * count)
+            for t in range(codec.group):
+                total[t % 2] = total[t % 2] + each[:, :, t, cut, None] * codec.one(codes[:, :, cut], t)[:, None]
+        return jax.lax.optimization_barrier(total[0] + total[1])
+
+    count = groups // tile
+    out = partial_sums(0, tile, count)
+    out = out * scale.swapaxes(1, 2)[:, None] if by_channel else out
+    out = jnp.ones(count) @ out  # a sum would be fused, and leave less room for what it sums
+    if rest := groups - tile * count:
+        out = out + partial_sums(tile * count, rest, 1)[:, :, 0]
+    if offset is None:
+        return out
+    if by_channel:
+        return out + jnp.einsum("rqn,rdn->rqd", weights.sum(2), offset)
+    return out + (weights * offset[:, None]).sum((2, 3))[..., None]
+
+
+def attend_folded(
+    k: tuple[Codec, Array, Array],
+    v: tuple[Codec, Array, Array],
+    q: Float[Array, "batch width heads head_dim"],
+    positions: Int[Array, "batch width"],
+    slots: Int[Array, "batch slots"],
+    mask: Mask,
+) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
+    """`attend` over packed keys and values, each a codec with its codes and scales; `q` as `k`'s codec turns it.
+
+    `slots` are the positions of what `decode` would give, and -1 where nothing is held.
+    """
+    batch, width, heads, dim = q.shape
+    rows, group = k[1].shape[0], k[0].group
+    folded = q.astype(jnp.float32).reshape(batch, width, rows // batch, -1, dim).transpose(0, 2, 3, 1, 4)
+    logits = scores(*k, folded.reshape(rows, -1, dim)) * mask.scale
+    if mask.softcap is not None:
+        logits = mask.softcap * jnp.tanh(logits / mask.softcap)
+    logits = logits.reshape(batch, heads, width, -1)
+    slots = slots.reshape(batch, -1, group).swapaxes(1, 2).reshape(batch, -1)
+    logits = jnp.where(visible(positions, slots, mask)[:, None], logits, -jnp.inf)
+    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    total = weights.sum(-1, keepdims=True)
+    some = jnp.where(total > 0, total, 1.0)
+    out = mix(*v, weights.reshape(rows, -1, group, slots.shape[1] // group))
+    lse = jnp.where(total > 0, peak + jnp.log(some), -jnp.inf)[..., 0]
+    return (out.reshape(batch, heads, width, dim) / some).swapaxes(1, 2), lse.swapaxes(1, 2)
