@@ -11,20 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax.cache import Dense, Paged, Quantized, Ring, Shared
+from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared
 
 CACHES = {
     "Dense()": Dense(),
     "Ring()": Ring(),
     "Ring(window=6, sinks=2)": Ring(window=6, sinks=2),
+    "Evicting(budget=64)": Evicting(64),
+    "Evicting(budget=9, score='key_diff', sinks=1, recent=3)": Evicting(9, "key_diff", sinks=1, recent=3),
     "Paged(page=4, pool=24)": Paged(page=4, pool=24),
     "Quantized(8)": Quantized(8),
     "Shared(Dense())": Shared(Dense()),
     "Shared(Paged(page=4))": Shared(Paged(page=4)),
 }
 
-LOSSLESS = {"Dense()", "Ring()", "Paged(page=4, pool=24)", "Shared(Dense())", "Shared(Paged(page=4))"}
+LOSSLESS = set(CACHES) - {"Ring(window=6, sinks=2)", "Evicting(budget=9, score='key_diff', sinks=1, recent=3)"}
 """Strategies that keep everything the model can see: their logits are those of a full forward pass."""
+
+CHUNKED = {"Evicting(budget=9, score='key_diff', sinks=1, recent=3)"}
+"""Strategies that forget by what they saw at once: a prompt in one chunk and token by token differ."""
 
 
 def _decode_step(model, params, cache, tokens, lengths, new):

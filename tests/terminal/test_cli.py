@@ -88,7 +88,7 @@ BAD = {
     "no such model": (["generate", "x", "--model", "/nowhere.gguf"], "'/nowhere.gguf' does not exist"),
     "unknown cache": (
         ["generate", "x", "--cache", "dence"],
-        "expected one of dense, paged, quantized, ring, shared, got 'dence'; did you mean",
+        "expected one of dense, evicting, paged, quantized, ring, shared, got 'dence'; did you mean",
     ),
     "unknown cache setting": (["generate", "x", "--cache", "ring:windows=3"], "ring has the settings window, sinks"),
     "bad cache setting": (["generate", "x", "--cache", "ring:window=0"], "`window` must be at least 1"),

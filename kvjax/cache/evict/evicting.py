@@ -1,0 +1,95 @@
+"""Keep the tokens that a score finds worth most, in fewer slots than tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
+from kvjax.cache.evict.budgets import Budget, slots_of
+from kvjax.cache.evict.layer import EvictingLayer, Knobs
+from kvjax.cache.evict.score import Score
+from kvjax.cache.evict.scores import SCORES
+
+
+@dataclass(frozen=True)
+class Evicting(Strategy):
+    """At most `budget` tokens a K/V head, chosen by `score` as they come; rows may grow without end.
+
+    A chunk is attended to in full, and cut down to the budget after; a single token takes the place of the token
+    worth least. With a budget of the capacity or more nothing is lost before a row outgrows the capacity.
+
+    Args:
+        budget: tokens a head holds: one number, one a layer, or a tuple a layer with one a K/V head; a `float` is a
+            share of the capacity. A layer has the slots of its largest head: only what layers differ by frees bytes.
+        score: a name in `SCORES`, or a `Score`.
+        sinks: the first tokens of a row, always kept.
+        recent: the newest tokens, always kept.
+        split: how one number is split over layers: "uniform", or "pyramid", from 1.5 of it down to 0.5.
+        threshold, temperature: with a temperature, eviction is also soft: a held token's attention is multiplied
+            by `sigmoid((worth - threshold) / temperature)`, which can be differentiated.
+    """
+
+    budget: Budget
+    score: str | Score = "h2o"
+    sinks: int = 4
+    recent: int = 32
+    split: str = "uniform"
+    threshold: float = 0.0
+    temperature: float | None = None
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.score, str) and self.score not in SCORES:
+            raise ValueError(f"Evicting: `score` must be one of {', '.join(SCORES)}, got {self.score!r}")
+        if self.sinks < 0:
+            raise ValueError(f"Evicting: `sinks` must not be negative, got {self.sinks}")
+        if self.recent < 1:
+            raise ValueError(f"Evicting: `recent` must be at least 1 token, got {self.recent}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"Evicting: `temperature` must be above 0, got {self.temperature}")
+        check_dtype(self, self.dtype)
+
+    def layer(self, spec: LayerSpec) -> EvictingLayer:
+        budgets = slots_of(self.budget, self.split, spec, self.sinks + self.recent)
+        score = SCORES[self.score] if isinstance(self.score, str) else self.score
+        spec = replace(spec, dtype=self.dtype or spec.dtype)
+        rows, slots = spec.batch * spec.kv_heads, max(budgets)
+        knobs = Knobs(
+            jnp.array(budgets, jnp.int32),
+            jnp.int32(self.sinks),
+            jnp.int32(self.recent),
+            jnp.float32(self.threshold),
+            jnp.float32(1.0 if self.temperature is None else self.temperature),
+        )
+        return EvictingLayer(
+            spec.zeros(slots),
+            spec.zeros(slots),
+            jnp.full((rows, slots), -1, jnp.int32),
+            jnp.zeros((rows, slots), jnp.float32),
+            score.begin(spec),
+            knobs,
+            score,
+            self.temperature is not None,
+        )
+
+
+def turn(cache: Cache, **knobs: Any) -> Cache:
+    """The cache with some of its layers' `Knobs` replaced: `turn(cache, threshold=0.1)`. Arrays may be traced.
+
+    Raises:
+        ValueError: naming a knob that does not exist.
+    """
+    known = list(Knobs.__dataclass_fields__)
+    for name in knobs:
+        if name not in known:
+            raise ValueError(f"turn: `{name}` is no knob; expected one of {', '.join(known)}")
+
+    def turned(layer: EvictingLayer) -> EvictingLayer:
+        old = {name: getattr(layer.knobs, name) for name in knobs}
+        new = {name: jnp.broadcast_to(jnp.asarray(knobs[name], x.dtype), x.shape) for name, x in old.items()}
+        return replace(layer, knobs=replace(layer.knobs, **new))
+
+    return replace(cache, layers=tuple(turned(layer) for layer in cache.layers))

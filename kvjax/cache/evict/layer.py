@@ -1,0 +1,178 @@
+"""A layer whose slots hold the tokens worth most, each K/V head its own choice.
+
+Sources: Zhang et al. 2023, "H2O" (arXiv:2306.14048), for a budget kept while decoding; Xiao et al. 2023
+(arXiv:2309.17453) for sinks and a recent window. Positions stay the tokens' own: nothing is rotated anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.attention import Mask, attend, by_head, merge, queries_by_head, queries_together
+from kvjax.cache.evict.score import Score
+from kvjax.cache.evict.scores import Attention
+from kvjax.cache.slots import take_rows, write
+from kvjax.pytree import pytree, static
+
+
+@pytree
+class Knobs:
+    """What may change without a recompile; each leaf can be `vmap`ped over, the floats differentiated.
+
+    Args:
+        budget: tokens each K/V head may hold, at most the layer's slots.
+        sinks: the first tokens, never evicted.
+        recent: the newest tokens, never evicted; at least 1.
+        threshold: of soft eviction: the worth at which a token counts half.
+        temperature: of soft eviction: how gradual that is, in units of worth.
+    """
+
+    budget: Int[Array, "kv_heads"]
+    sinks: Int[Array, ""]
+    recent: Int[Array, ""]
+    threshold: Float[Array, ""]
+    temperature: Float[Array, ""]
+
+
+@pytree
+class EvictingLayer:
+    """Slots in no order; `positions` says what each head's slot holds, -1 where it is empty."""
+
+    k: Float[Array, "rows slots head_dim"]
+    v: Float[Array, "rows slots head_dim"]
+    positions: Int[Array, "rows slots"]
+    worth: Float[Array, "rows slots"]
+    state: Any
+    knobs: Knobs
+    score: Score = static()
+    soft: bool = static()
+
+    @property
+    def limit(self) -> None:
+        return None
+
+    def attend(self, q, k, v, positions, valid, mask: Mask):
+        heads = k.shape[2]
+        q, k, v = queries_by_head(q, heads), by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
+        positions, valid = jnp.repeat(positions, heads, axis=0), jnp.repeat(valid, heads, axis=0)
+        state = self.score.observe(self.state, q, k, positions, valid)
+        layer = replace(self, state=state)
+        take = layer._take_one if q.shape[1] == 1 else layer._take_chunk
+        out, lse, layer = take(q, k, v, positions, valid, mask)
+        return queries_together(out, heads), queries_together(lse, heads), layer
+
+    def look(self, q, positions, mask: Mask):
+        heads = self.knobs.budget.shape[0]
+        found = self._look(queries_by_head(q, heads), jnp.repeat(positions, heads, axis=0), mask)
+        return tuple(queries_together(part, heads) for part in found)
+
+    def held(self, length: Int[Array, "batch"]) -> Int[Array, "rows slots"]:
+        length = jnp.repeat(length, self.knobs.budget.shape[0])[:, None]
+        return jnp.where(self.positions < length, self.positions, -1)
+
+    def fork(self, rows: Int[Array, "new_batch"]) -> EvictingLayer:
+        batch = self.k.shape[0] // self.knobs.budget.shape[0]
+        held = (self.k, self.v, self.positions, self.worth, self.state)
+        k, v, positions, worth, state = jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), held)
+        return replace(self, k=k, v=v, positions=positions, worth=worth, state=state)
+
+    def _take_one(self, q, k, v, positions, valid, mask: Mask):
+        """Overwrite the slot worth least, then attend."""
+        full = (self.positions >= 0).sum(1, keepdims=True) >= self._budget()
+        empty = jnp.where(full, jnp.inf, -jnp.inf)
+        rank = self._rank(self.worth, self.positions, positions[:, :1], mask)
+        slot = jnp.argmin(jnp.where(self.positions < 0, empty, rank), axis=1)
+        worth = self.score.rate(self.state, k, v, positions)
+        layer = replace(
+            self,
+            k=write(self.k, k, slot, valid),
+            v=write(self.v, v, slot, valid),
+            positions=write(self.positions, positions, slot, valid),
+            worth=write(self.worth, worth, slot, valid),
+        )
+        out, lse = layer._look(q, positions, mask)
+        if isinstance(self.score, Attention):
+            more = layer._received(self.score, q, positions, lse, self.score.weights(valid), mask)
+            worth = self.score.joined(layer.worth * self.score.kept(valid.sum(1))[:, None], more)
+            layer = replace(layer, worth=worth)
+        return out, lse, layer
+
+    def _take_chunk(self, q, k, v, positions, valid, mask: Mask):
+        """Attend to all that is held and all that is new, then keep the best of both."""
+        fresh = jnp.where(valid, positions, -1)
+        out, lse = merge(self._look(q, positions, mask), attend(q, k, v, positions, fresh, mask))
+        if isinstance(self.score, Attention):
+            weight = self.score.weights(valid)
+            old = self._received(self.score, q, positions, lse, weight, mask)
+            old = self.score.joined(self.worth * self.score.kept(valid.sum(1))[:, None], old)
+            new = self.score.received(q, k, v, positions, fresh, lse, weight, mask, pool=True)
+        else:
+            old = self.score.rate(self.state, self.k, self.v, self.positions)
+            new = self.score.rate(self.state, k, v, positions)
+        return out, lse, self._keep_best(old, k, v, fresh, new, mask)
+
+    def _look(self, q, positions, mask: Mask):
+        """Attention over the slots; soft eviction weighs each slot's share of it and normalises again."""
+        out, lse = attend(q, self.k, self.v, positions, self.positions, mask)
+        if not self.soft:
+            return out, lse
+        return _weighed(q, self, positions, lse, self._share(positions), mask)
+
+    def _received(self, score: Attention, q, positions, lse, weight, mask: Mask) -> Float[Array, "rows slots"]:
+        more = score.received(q, self.k, self.v, positions, self.positions, lse, weight, mask)
+        return more * self._share(positions) if self.soft else more
+
+    def _share(self, positions) -> Float[Array, "rows slots"]:
+        share = jax.nn.sigmoid((self.worth - self.knobs.threshold) / self.knobs.temperature)
+        return jnp.where(self._safe(self.positions, positions.max(1, keepdims=True)), 1.0, share)
+
+    def _keep_best(self, old, k, v, fresh, new, mask: Mask) -> EvictingLayer:
+        """Freed slots take, in order, the new tokens that are kept; a token that is kept never moves."""
+        both = jnp.concatenate([self.positions, fresh], axis=1)
+        newest = both.max(1, keepdims=True)
+        rank = self._rank(jnp.concatenate([old, new], axis=1), both, newest, mask)
+        rank = jnp.where(both < 0, -jnp.inf, rank)
+        place = jnp.argsort(jnp.argsort(-rank, axis=1, stable=True), axis=1)
+        kept = (place < self._budget()) & (both >= 0)
+        slots = self.positions.shape[1]
+        stays, enters = kept[:, :slots], kept[:, slots:]
+        source = jnp.argsort(~enters, axis=1, stable=True)
+        nth = jnp.cumsum(~stays, axis=1) - 1
+        taken = ~stays & (nth < enters.sum(1, keepdims=True))
+        index = jnp.take_along_axis(source, jnp.clip(nth, 0, fresh.shape[1] - 1), axis=1)
+
+        def blend(held, new):
+            where, at = (x.reshape(*x.shape, *(1,) * (held.ndim - 2)) for x in (taken, index))
+            return jnp.where(where, jnp.take_along_axis(new, at, axis=1), held)
+
+        positions = blend(jnp.where(stays, self.positions, -1), fresh)
+        return replace(self, k=blend(self.k, k), v=blend(self.v, v), positions=positions, worth=blend(old, new))
+
+    def _rank(self, worth, held, newest, mask: Mask):
+        """Worth, infinite for what must stay, least for what the model's own window has left behind."""
+        worth = jnp.where(self._safe(held, newest), jnp.inf, worth)
+        if mask.window is None:
+            return worth
+        return jnp.where(held <= newest - mask.window, jnp.finfo(jnp.float32).min, worth)
+
+    def _safe(self, held, newest) -> Bool[Array, "rows slots"]:
+        return (held < self.knobs.sinks) | (held > newest - self.knobs.recent)
+
+    def _budget(self) -> Int[Array, "rows 1"]:
+        return jnp.tile(self.knobs.budget, self.k.shape[0] // self.knobs.budget.shape[0])[:, None]
+
+
+def _weighed(q, layer: EvictingLayer, positions, lse, share, mask: Mask):
+    """Attention whose probabilities are multiplied by `share` a slot: `softmax(logits + log share)`."""
+    room = ((0, 0),) * 2 + ((0, 1),)  # one more feature, of value 1, counts what is left of the probabilities
+    values = jnp.pad(layer.v.astype(jnp.float32), room, constant_values=1.0) * share[..., None]
+    wide = jnp.pad(q.astype(jnp.float32), ((0, 0), *room)), jnp.pad(layer.k.astype(jnp.float32), room)
+    mixed, _ = attend(*wide, values, positions, layer.positions, mask)
+    total = mixed[..., -1:]
+    safe = jnp.where(total > 0, total, 1.0)
+    return (mixed[..., :-1] / safe).astype(q.dtype), lse + jnp.log(safe)[..., 0]
