@@ -15,6 +15,7 @@ Progress = Callable[[str, float], None]
 
 EXPERIMENTS = {
     "bench_cpu": "experiments.bench_cpu",
+    "cache_quality": "experiments.cache_quality",
     "compile_cpu": "experiments.compile_cpu",
     "prefix_trace": "experiments.prefix_trace",
 }
