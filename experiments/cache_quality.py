@@ -8,7 +8,7 @@ yet seen when the context is compressed (`retrieval`), and seen (`retrieval_seen
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,8 +19,13 @@ from experiments.passkey import PassKey, pass_key, text
 from experiments.quality_programs import Programs
 from experiments.registry import Progress, Row
 from experiments.run import results_folder, spell
-from kvjax.cache import Dense, Strategy
+from kvjax.cache import Dense, Quantized, Strategy, bit_problem
+from kvjax.cache.allocation import exact
+from kvjax.cache.sensitivity import with_bits
 from kvjax.terminal.session import parse_strategy
+
+SAMPLES = 4
+"""Excerpts that sensitivity is measured on."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Config:
     Args:
         model: "smollm2", or whatever `kvjax.load` takes.
         strategies: as `--cache` takes them: `evicting:budget=0.5,score=snapkv`.
+        allocated: bits a layer, for keys and values apart, as `allocate_bits` chooses them for each of these shares
+            of a full bfloat16 cache; measured on text that is not scored.
         texts: excerpts of ordinary text; 0 leaves them out.
         context: tokens of each that are taken in at once.
         scored: tokens after those that are compared.
@@ -42,6 +49,7 @@ class Config:
 
     model: str = "smollm2"
     strategies: tuple[str, ...] = ()
+    allocated: tuple[float, ...] = ()
     texts: int = 8
     context: int = 512
     scored: int = 256
@@ -72,9 +80,10 @@ def run(config: Config, progress: Progress) -> list[Row]:
     texts = excerpts(config, filler)
     prompts = pass_keys(config, tokenizer, filler)
     strategies: dict[str, Strategy] = {"dense": Dense()} | {name: parse_strategy(name) for name in config.strategies}
+    full = 2 * 2 * model.config.layers * model.config.kv_heads * model.config.head_dim  # bfloat16
+    strategies |= allocations(config, model, params, filler, full, progress)
     programs = Programs(model, params, list(strategies.values()), texts, prompts, config)
     rows: list[Row] = []
-    full = 2 * 2 * model.config.layers * model.config.kv_heads * model.config.head_dim  # bfloat16
     solved: dict[bool, np.ndarray] = {}
     for i, (name, strategy) in enumerate(strategies.items()):
         progress(name, i / len(strategies))
@@ -95,6 +104,23 @@ def run(config: Config, progress: Progress) -> list[Row]:
         target = Path(config.plot)
         draw(rows, target if target.parent.name else results_folder() / target)
     return rows
+
+
+def allocations(config: Config, model, params, filler: list[int], full: int, progress: Progress) -> dict[str, Strategy]:
+    """A strategy for each of the config's shares; `full` is what a token takes in a full cache, in bytes."""
+    if not config.allocated:
+        return {}
+    capacity, base = config.context + config.scored, Quantized(dtype="bfloat16")
+    between = excerpts(replace(config, texts=2 * SAMPLES + 1), filler)[1::2]
+    most = kvjax.nbytes(replace(base, bits=8).shapes(model, batch=1, capacity=capacity))
+    problem = bit_problem(
+        model, params, between, most, capacity=capacity, strategy=base, progress=lambda done: progress("bits", done)
+    )
+    found: dict[str, Strategy] = {}
+    for share in config.allocated:
+        within = replace(problem, budget=problem.budget - most + int(share * full * capacity))
+        found[f"bits by layer within {share:.0%}"] = with_bits(base, problem, exact(within))
+    return found
 
 
 def excerpts(config: Config, filler: list[int]) -> np.ndarray:

@@ -7,6 +7,7 @@ from kvjax.cache.evict import Evicting
 from kvjax.cache.paged import Paged, release
 from kvjax.cache.quantized import Quantized
 from kvjax.cache.ring import Ring
+from kvjax.cache.sensitivity import allocate_bits, bit_problem
 from kvjax.cache.shared import Shared, share
 from kvjax.cache.stats import Stats, stats
 
@@ -33,6 +34,8 @@ __all__ = [
     "Shared",
     "Stats",
     "Strategy",
+    "allocate_bits",
+    "bit_problem",
     "fork",
     "nbytes",
     "prefix",
