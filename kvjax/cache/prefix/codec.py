@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+_MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict}
 _PLURALS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -25,8 +27,8 @@ def encode(value: Any, arrays: list[np.ndarray]) -> Any:
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, dict):
-        return ["dict", [[encode(key, arrays), encode(item, arrays)] for key, item in value.items()]]
+    if type(value) in _MAPPINGS.values():
+        return [type(value).__name__, [[encode(key, arrays), encode(item, arrays)] for key, item in value.items()]]
     if type(value) in _PLURALS.values():
         return [type(value).__name__, [encode(item, arrays) for item in value]]
     if is_dataclass(value):
@@ -52,8 +54,8 @@ def decode(value: Any, arrays: Sequence[np.ndarray], modules: Collection[str]) -
     tag, *rest = value
     if tag == "array":
         return np.array(arrays[rest[0]])
-    if tag == "dict":
-        return {decode(key, arrays, modules): decode(item, arrays, modules) for key, item in rest[0]}
+    if tag in _MAPPINGS:
+        return _MAPPINGS[tag]((decode(key, arrays, modules), decode(item, arrays, modules)) for key, item in rest[0])
     if tag in _PLURALS:
         return _PLURALS[tag](decode(item, arrays, modules) for item in rest[0])
     module, name, stored = rest

@@ -1,6 +1,7 @@
 """Policies and their states, written as plain data."""
 
 import json
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ def test_a_policy_read_back_goes_on_alike(name):
     text = json.dumps([encode(game.policy, arrays), encode(game.state, arrays), encode(game.held, arrays)])
     policy, state, held = decode(["tuple", json.loads(text)], [array.copy() for array in arrays], OURS)
     assert policy == game.policy
+    assert type(getattr(state, "order", OrderedDict())) is OrderedDict
     other = Play(policy, 60, state, held)
     rest = [play(game, access) for access in trace[100:]]
     assert [play(other, access) for access in trace[100:]] == rest
