@@ -7,6 +7,7 @@ a block that is continued by another held one stays, and the end of that continu
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Container
 from dataclasses import dataclass, field
 from itertools import chain
@@ -27,10 +28,10 @@ class AdaptiveLruState:
 
     capacity: int
     target: float = 0.0
-    once: dict[int, None] = field(default_factory=dict)
-    often: dict[int, None] = field(default_factory=dict)
-    once_left: dict[int, None] = field(default_factory=dict)
-    often_left: dict[int, None] = field(default_factory=dict)
+    once: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    often: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    once_left: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    often_left: OrderedDict[int, None] = field(default_factory=OrderedDict)
     forest: Forest = field(default_factory=Forest)
 
 

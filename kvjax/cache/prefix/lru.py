@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Container
 from dataclasses import dataclass, field
 
@@ -10,9 +11,9 @@ from kvjax.cache.prefix.base import Access, check_capacity, no_victim
 
 @dataclass
 class LruState:
-    """Held blocks, the next to leave first."""
+    """Held blocks, the next to leave first. Ordered: a plain dict walks past all that left before its first key."""
 
-    order: dict[int, None] = field(default_factory=dict)
+    order: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,8 @@ def _next(state: Conversations, pinned: Container[int]) -> int | None:
 
 def _rank(state: Conversations, price: Callable[[Chain], float] | None) -> None:
     """Put every prompt with own blocks into the queue, and its last block apart."""
-    for number in [n for n in state.live if own(state, n) is None]:
-        del state.live[number]
-    chains = [state.chains[n] for n in state.live]
+    state.live = {number: None for number in state.live if own(state, number) is not None}
+    chains = [state.chains[number] for number in state.live]
     time = next(reversed(state.chains.values())).time
     worth = indices(state.reuse, np.fromiter(state.live, np.int64, len(chains)), time)
     worth[[chain.over for chain in chains]] *= state.cuts[1] / state.cuts[0]

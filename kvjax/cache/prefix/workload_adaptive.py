@@ -8,6 +8,7 @@ only when it is ahead by several standard deviations.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Container
 from dataclasses import dataclass, field
 from itertools import chain
@@ -38,7 +39,7 @@ class WorkloadAdaptiveState:
     spread: list[float]
     leader: int = 0
     forest: Forest = field(default_factory=Forest)
-    extra: dict[int, None] = field(default_factory=dict)
+    extra: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class WorkloadAdaptive:
             state.leader = best
             state.ahead, state.spread = [0.0 for _ in places], [0.0 for _ in places]
             followed = state.shadows[best].held
-            state.extra = {block: None for block in reversed(held) if block not in followed}
+            state.extra = OrderedDict.fromkeys(block for block in reversed(held) if block not in followed)
         return state
 
     def victim(
