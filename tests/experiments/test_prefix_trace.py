@@ -57,6 +57,72 @@ def test_a_trace_reads_as_it_was_written(tmp_path):
     assert {access.answer for access in read(tmp_path / "t.npz", answers=False)} == {None}
 
 
+def arrays(**changes):
+    """A trace of three prompts, the second without a block, as arrays; None leaves one out."""
+    stored = {
+        "arrival_ms": [0, 1500, 2500],
+        "input_length": [600, 0, 1030],
+        "output_length": [5, 0, 7],
+        "block_ids_delta": [4, 1, 0 - 1, 1, 3],
+        "offsets": [0, 2, 2, 5],
+    } | changes
+    return {name: np.asarray(array) for name, array in stored.items() if array is not None}
+
+
+def test_prompts_come_by_arrival_and_empty_ones_are_left_out(tmp_path):
+    np.savez(tmp_path / "t.npz", **arrays())
+    assert [(a.path, a.time, a.tokens) for a in read(tmp_path / "t.npz")] == [
+        ((4, 5), 0.0, 600),
+        ((4, 5, 8), 2.5, 1030),
+    ]
+    np.savez(tmp_path / "t.npz", **arrays(arrival_ms=[1700.5, 3.0, 20.25]))
+    assert [(a.path, a.time) for a in read(tmp_path / "t.npz")] == [((4, 5, 8), 0.02025), ((4, 5), 1.7005)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"offsets": None}, "offsets"),
+        ({"offsets": [0, 2, 2]}, "2 prompts in offsets, but 3 of arrival_ms"),
+        ({"offsets": [0, 2, 1, 5]}, "offsets must rise from 0 to the number of block ids"),
+        ({"offsets": [0, 2, 2, 6]}, "offsets must rise from 0 to the number of block ids"),
+        (
+            {"block_ids_delta": [4.0, 1.0, -1.0, 1.0, 3.0]},
+            r"block_ids_delta must be a row of whole numbers, got float64",
+        ),
+        ({"block_ids_delta": [4, 1, 0, 1, 3]}, "block 5 follows both 4 and -1"),
+        ({"block_ids_delta": [4, 0, 0, 1, 3]}, "block 4 follows both -1 and 4"),
+        ({"arrival_ms": [0, float("nan"), 1]}, "arrival_ms must be finite"),
+        ({"input_length": [600, -1, 1030]}, "lengths must not be negative"),
+        ({"offsets": [0, 0, 0, 0], "block_ids_delta": np.zeros(0, int)}, "it has no prompt with a block"),
+        ({"output_length": [[5, 0, 7]]}, r"output_length must be a row of whole numbers, got int64 \(1, 3\)"),
+    ],
+)
+def test_a_malformed_trace_is_refused_by_name(tmp_path, changes, why):
+    np.savez(tmp_path / "t.npz", **arrays(**changes))
+    with pytest.raises(ValueError, match=f"`trace` must be as experiments/data/README.md says, .*t.npz: .*(?:{why})"):
+        read(tmp_path / "t.npz")
+
+
+def test_a_broken_file_is_refused_by_name(tmp_path):
+    whole = (DATA / TRACES[1]).read_bytes()
+    np.save(tmp_path / "one.npy", np.arange(3))
+    for data in (whole[:5000], whole[:9000] + b"0" * 3000 + whole[12000:], (tmp_path / "one.npy").read_bytes(), b""):
+        (tmp_path / "t.npz").write_bytes(data)
+        with pytest.raises(ValueError, match="`trace` must be as experiments/data/README.md says"):
+            read(tmp_path / "t.npz")
+
+
+def test_of_a_prompt_longer_than_the_capacity_the_first_blocks_stay(tmp_path):
+    accesses = chat(3, 100)
+    longest = max(len(access.path) for access in accesses)
+    trace = save(tmp_path / "t.npz", accesses)
+    rows = prefix_trace.run(Config(trace, (3,), (), ("predictive", "workload_adaptive")), silent)
+    references = sum(len(access.path) for access in accesses)
+    cut = [Access(access.path[:3], access.time, access.tokens, access.answer) for access in accesses]
+    assert longest > 3 and rows[1]["hit_rate"] == sum(replay(Lru(), 3, cut)) / references
+
+
 @pytest.mark.parametrize("trace", TRACES)
 def test_no_policy_is_half_a_point_below_lru(trace):
     accesses = read(DATA / trace)[:1000]
