@@ -16,6 +16,7 @@ Progress = Callable[[str, float], None]
 EXPERIMENTS = {
     "bench_cpu": "experiments.bench_cpu",
     "cache_quality": "experiments.cache_quality",
+    "cache_speed": "experiments.cache_speed",
     "compile_cpu": "experiments.compile_cpu",
     "prefix_trace": "experiments.prefix_trace",
 }
