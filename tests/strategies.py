@@ -20,7 +20,7 @@ CACHES = {
     "Evicting(budget=64)": Evicting(64),
     "Evicting(budget=9, score='key_diff', sinks=1, recent=3)": Evicting(9, "key_diff", sinks=1, recent=3),
     "Paged(page=4, pool=24)": Paged(page=4, pool=24),
-    "Quantized(8)": Quantized(8),
+    "Quantized(8, residual=8)": Quantized(8, residual=8),
     "Shared(Dense())": Shared(Dense()),
     "Shared(Paged(page=4))": Shared(Paged(page=4)),
 }

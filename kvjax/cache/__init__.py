@@ -2,6 +2,7 @@
 
 from kvjax.cache import prefix
 from kvjax.cache.base import Cache, LayerCache, LayerSpec, Strategy, fork, nbytes
+from kvjax.cache.compress import compress
 from kvjax.cache.dense import Dense
 from kvjax.cache.evict import Evicting
 from kvjax.cache.paged import Paged, release
@@ -36,6 +37,7 @@ __all__ = [
     "Strategy",
     "allocate_bits",
     "bit_problem",
+    "compress",
     "fork",
     "nbytes",
     "prefix",

@@ -8,23 +8,19 @@ appended, inside the compiled program (KIVI, Liu et al. 2024, arXiv:2402.02750, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from kvjax.cache.attention import Mask, attend, attend_blocks, by_head, merge
-from kvjax.cache.base import Cache, LayerSpec, Strategy
+from kvjax.cache.base import LayerSpec, Strategy
 from kvjax.cache.dense import Dense, DenseLayer
 from kvjax.cache.folded import attend_folded
 from kvjax.cache.packing import PLANES, UNIT
 from kvjax.cache.quantize import FORMS, Codec
 from kvjax.cache.slots import take_rows, write
 from kvjax.pytree import pytree, static
-
-if TYPE_CHECKING:
-    from kvjax.model import Transformer
 
 BLOCK = 256
 """Slots unpacked at once for many queries, so that they stay in a core's cache."""
@@ -240,7 +236,7 @@ class Quantized(Strategy):
     bits: Bits = 4
     value_bits: Bits | None = None
     group: int = 8
-    residual: int = 8
+    residual: int = 32
     sinks: int = 4
     keys: str = "rotated"
     values: str = "rotated"
@@ -267,14 +263,14 @@ class Quantized(Strategy):
     def _value_bits(self) -> Bits:
         return self.bits if self.value_bits is None else self.value_bits
 
-    def init(self, model: Transformer, *, batch: int, capacity: int) -> Cache:
-        layers = model.config.layers
-        for name, bits in (("bits", self.bits), ("value_bits", self._value_bits)):
-            if isinstance(bits, tuple) and len(bits) != layers:
-                raise ValueError(
-                    f"Quantized: `{name}` must have one entry for each of {layers} layers, got {len(bits)}"
-                )
-        return super().init(model, batch=batch, capacity=capacity)
+    def _of(self, spec: LayerSpec, name: str, bits: Bits) -> int:
+        if not isinstance(bits, tuple):
+            return bits
+        if len(bits) != spec.layers:
+            raise ValueError(
+                f"Quantized: `{name}` must have one entry for each of {spec.layers} layers, got {len(bits)}"
+            )
+        return bits[spec.index]
 
     def layer(self, spec: LayerSpec) -> QuantizedLayer | DenseLayer:
         dim, slots = spec.head_dim, self.sinks + self.residual + self.group
@@ -284,8 +280,11 @@ class Quantized(Strategy):
             return Dense(self.dtype).layer(spec)
         spec = replace(spec, dtype=self.dtype or spec.dtype)
         k_codec, v_codec = (
-            Codec(form, bits[spec.index] if isinstance(bits, tuple) else bits, self.group, dim, self.scales, keys)
-            for form, bits, keys in ((self.keys, self.bits, True), (self.values, self._value_bits, False))
+            Codec(form, self._of(spec, name, bits), self.group, dim, self.scales, keys)
+            for form, name, bits, keys in (
+                (self.keys, "bits", self.bits, True),
+                (self.values, "value_bits", self._value_bits, False),
+            )
         )
         lead = spec.batch * spec.kv_heads, (spec.capacity - self.sinks - self.residual) // self.group
         return QuantizedLayer(
