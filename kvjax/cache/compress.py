@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.attention import Mask
 from kvjax.cache.base import Cache, LayerSpec, Strategy, nbytes
 from kvjax.cache.dense import DenseLayer
-from kvjax.cache.quantized import QuantizedLayer
+from kvjax.cache.quantized_layer import QuantizedLayer
 from kvjax.cache.ring import RingLayer
 
 Heads = Float[Array, "rows slots head_dim"]

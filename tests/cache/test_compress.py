@@ -1,6 +1,7 @@
 """A compressed cache is the one that would have been, had it been of that strategy from the start."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring
+from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Strategy
 from kvjax.cache.compress import compress
+from kvjax.pytree import pytree
 from tests.tiny import prompts, tiny
 
 LENGTHS = [37, 9, 30]
@@ -69,6 +71,48 @@ def test_what_was_set_back_is_not_taken_along():
     cache = compress(replace(dense, length=dense.length - 5), Ring(window=11, sinks=2))
     assert cache.length.tolist() == [32, 4, 25]
     assert cache.layers[0].held(cache.length).max(1).tolist() == [31, 3, 24]
+
+
+@pytree
+class EvenLayer:
+    """The even positions below 8, each K/V head its own: what a strategy of one's own needs to be target and source."""
+
+    k: Any
+    v: Any
+    positions: Any
+
+    limit = None
+
+    def held(self, length):
+        return self.positions
+
+    def tokens(self):
+        return self.k, self.v
+
+    def take(self, k, v, positions):
+        held = jnp.repeat(positions, k.shape[0] // positions.shape[0], axis=0)
+        slot = jnp.argsort(jnp.where((held >= 0) & (held % 2 == 0), held, 1000), axis=1)[:, :4]
+        k, v = (jnp.take_along_axis(x, slot[..., None], axis=1) for x in (k, v))
+        return EvenLayer(k, v, jnp.take_along_axis(held, slot, axis=1))
+
+
+@dataclass(frozen=True)
+class Even(Strategy):
+    def layer(self, spec):
+        empty = jnp.full((spec.batch * spec.kv_heads, 4), -1, jnp.int32)
+        return EvenLayer(spec.zeros(4), spec.zeros(4), empty)
+
+
+def test_a_strategy_of_ones_own_takes_tokens_in():
+    _, _, quantized = filled(Quantized(8, residual=3))
+    length = quantized.length
+    first = jax.jit(lambda layer: (layer.tokens(), layer.held(length)))(quantized.layers[0])
+    layer = compress(quantized, Even()).layers[0]
+    assert (layer.held(length) == jnp.array([[0, 2, 4, 6]])).all()
+    (k, _), held = first
+    for row in range(6):
+        slots = [held[row // 2].tolist().index(i) for i in (0, 2, 4, 6)]
+        np.testing.assert_array_equal(layer.k[row], k[row, jnp.array(slots)])
 
 
 @pytest.mark.parametrize(

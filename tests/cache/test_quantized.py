@@ -61,7 +61,7 @@ def qkv_of(seed: int):
 )
 def test_rows_see_their_own_groups_coded_and_the_rest_in_full(settings, mask, monkeypatch):
     """Random chunks, empty ones and single tokens, which see what they packed; blocks of two groups, the last laps."""
-    monkeypatch.setattr("kvjax.cache.quantized.BLOCK", 2 * GROUP)
+    monkeypatch.setattr("kvjax.cache.quantized_layer.BLOCK", 2 * GROUP)
     strategy = Quantized(**settings | {"group": GROUP, "residual": RESIDUAL})
     q, k, v, positions, slots, by_head = qkv_of(1)
     rng = np.random.default_rng(3)
@@ -206,6 +206,7 @@ def test_gradients_reach_queries_through_codes():
         ({"sinks": -2}, "`sinks` must not be negative, got -2"),
         ({"keys": "row"}, "`keys` must be one of .*got 'row'"),
         ({"values": "row"}, "`values` must be one of .*got 'row'"),
+        ({"dtype": "int8"}, "`dtype` must be a floating-point type, got 'int8'"),
         ({"scales": "int8"}, "`scales` must be .*got 'int8'"),
     ],
 )

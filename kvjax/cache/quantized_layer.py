@@ -1,0 +1,202 @@
+"""A layer whose tokens wait in full until newer ones are there, and are then packed a group at a time.
+
+Both parts are merged by `lse`, and no dense copy of the codes ever exists (KIVI, Liu et al. 2024, arXiv:2402.02750,
+Alg. 1, packs by groups as well).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+
+from kvjax.cache.attention import Mask, attend, attend_blocks, by_head, merge
+from kvjax.cache.folded import attend_folded
+from kvjax.cache.quantize import Codec
+from kvjax.cache.slots import take_rows, write
+from kvjax.pytree import pytree, static
+
+BLOCK = 256
+"""Slots unpacked at once for many queries, so that they stay in a core's cache."""
+
+FEW = 8
+"""Queries up to which codes are summed without unpacking."""
+
+
+@pytree
+class QuantizedLayer:
+    """A row's first `sinks` tokens lie in as many slots of `k` and `v`, the next `packed` in groups, others in a ring.
+
+    The ring is the other `residual + group` slots, taken by turns. A row's length may be set back by up to `residual`
+    tokens, since none of those is packed yet.
+    """
+
+    k_codes: UInt8[Array, "rows k_bytes head_dim groups"]
+    k_scales: Shaped[Array, "rows k_sharing groups"]
+    v_codes: UInt8[Array, "rows v_bytes groups head_dim"]
+    v_scales: Shaped[Array, "rows v_sharing groups"]
+    k: Float[Array, "rows slots head_dim"]
+    v: Float[Array, "rows slots head_dim"]
+    length: Int[Array, "batch"]
+    packed: Int[Array, "batch"]
+    k_codec: Codec = static()
+    v_codec: Codec = static()
+    residual: int = static()
+    capacity: int = static()
+
+    @property
+    def limit(self) -> int:
+        return self.capacity
+
+    @property
+    def window(self) -> int:
+        return self.residual + self.k_codec.group
+
+    @property
+    def sinks(self) -> int:
+        return self.k.shape[1] - self.window
+
+    def attend(self, q, k, v, positions, valid, mask: Mask):
+        valid &= positions < self.capacity
+        start = positions[:, 0]
+        end = start + valid.sum(1, dtype=jnp.int32)
+        k, v = by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
+        if q.shape[1] == 1:  # the slot that is overwritten held a packed token
+            at = self._slot(start)
+            layer = replace(self, k=write(self.k, k, at, valid), v=write(self.v, v, at, valid), length=end)
+            layer = layer._pack((layer.k, layer.v), end, 1)
+            return *layer.look(q, positions, mask), layer
+        pool = tuple(jnp.concatenate(pair, axis=1) for pair in ((self.k, k), (self.v, v)))
+        ring = self._pick(pool, start, self._newest(end))
+        layer = replace(self, k=ring[0], v=ring[1], length=end)._pack(pool, start, q.shape[1])
+        slots = jnp.concatenate([self._ring(start), jnp.where(valid, positions, -1)], axis=1)
+        before = layer._attend_packed(q, positions, self.packed, mask)  # of `layer`, or XLA copies what it writes to
+        return *merge(attend(q, *pool, positions, slots, mask), before), layer
+
+    def look(self, q, positions, mask: Mask):
+        fresh = attend(q, self.k, self.v, positions, self._ring(self.length), mask)
+        return merge(fresh, self._attend_packed(q, positions, self.packed, mask))
+
+    def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
+        """The slots are those of sinks and ring, then those that are packed, a group after the other."""
+        packed = self.sinks + jnp.arange(self.k_codes.shape[3] * self.k_codec.group)[None]
+        packed = jnp.where(packed < self.sinks + self.packed[:, None], packed, -1)
+        ring = self._ring(self.length)
+        return jnp.concatenate([jnp.where(ring < length[:, None], ring, -1), packed], axis=1)
+
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
+        """Keys and values in the slots that `held` speaks of."""
+
+        def both(full, codec: Codec, codes, scales):
+            unpacked = codec.turn_back(codec.decode(codes, scales)).astype(full.dtype)
+            return jnp.concatenate([full, unpacked], axis=1)
+
+        k = both(self.k, self.k_codec, self.k_codes, self.k_scales)
+        return k, both(self.v, self.v_codec, self.v_codes, self.v_scales)
+
+    def fork(self, rows: Int[Array, "new_batch"]) -> QuantizedLayer:
+        batch = self.packed.shape[0]
+
+        def take(x):
+            return jnp.take(x, rows, axis=0, mode="clip") if x.ndim == 1 else take_rows(x, rows, batch)
+
+        return jax.tree.map(take, self)
+
+    def _slot(self, index: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        return jnp.where(index < self.sinks, index, self.sinks + (index - self.sinks) % self.window)
+
+    def _newest(self, end: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
+        """The index of the newest of a row's `end` tokens that falls to each slot, or an index not held."""
+        slot, last = jnp.arange(self.k.shape[1])[None], end[:, None] - 1
+        return jnp.where(slot < self.sinks, slot, last - (last - slot) % self.window)
+
+    def _ring(self, end: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
+        """The position that each slot of sinks and ring holds, -1 where it is packed or empty."""
+        newest, slot = self._newest(end), jnp.arange(self.k.shape[1])[None]
+        here = jnp.where(slot < self.sinks, newest < end[:, None], newest >= self.sinks + self.packed[:, None])
+        return jnp.where(here, newest, -1)
+
+    def _pick(self, pool, inside: Int[Array, "batch"], index: Int[Array, "batch tokens"]):
+        """Tokens of a row by index: those below `inside` from the slots, others from behind them."""
+        at = jnp.where(index < inside[:, None], self._slot(index), self.k.shape[1] + index - inside[:, None])
+        at = jnp.repeat(at, self.k.shape[0] // at.shape[0], axis=0)[..., None]
+        return tuple(jnp.take_along_axis(x, at, axis=1, mode="clip") for x in pool)
+
+    def _pack(self, pool, inside: Int[Array, "batch"], width: int) -> QuantizedLayer:
+        """Encode the groups that have `residual` tokens after them; `width` new tokens complete only so many."""
+        group, groups = self.k_codec.group, self.k_codes.shape[3]
+        count, done = min(-(-width // group), groups), self.packed // group
+        due = jnp.maximum((self.length - self.sinks - self.residual) // group, done)
+        first = jnp.minimum(done, groups - count)
+        nth = first[:, None] + jnp.arange(count)[None]
+        keep = (nth >= done[:, None]) & (nth < due[:, None])
+        held = self.k_codes, self.k_scales, self.v_codes, self.v_scales
+
+        def encode():
+            index = self.sinks + first[:, None] * group + jnp.arange(count * group)[None]
+            k, v = (x.reshape(x.shape[0], count, group, -1) for x in self._pick(pool, inside, index))
+            return *self.k_codec.encode(k), *self.v_codec.encode(v)
+
+        def nothing():
+            return *self.k_codec.empty(held[0].shape[0], count), *self.v_codec.empty(held[0].shape[0], count)
+
+        fresh = jax.lax.cond(keep.any(), encode, nothing)
+        axes = 3, 2, 2, 2
+        written = [_write_groups(x, new, first, keep, axis) for x, new, axis in zip(held, fresh, axes, strict=True)]
+        return replace(self, **dict(zip(_PACKED, written, strict=True)), packed=due * group)
+
+    def _attend_packed(self, q, positions, packed: Int[Array, "batch"], mask: Mask):
+        """Attend to the first `packed` tokens after the sinks: in one go for few queries, or a block at a time."""
+        group, groups = self.k_codec.group, self.k_codes.shape[3]
+        turned = self.k_codec.turn(q.astype(jnp.float32))
+
+        def tokens(first: Int[Array, ""] | int, size: int, begin: Int[Array, ""] | int):
+            nth = first * group + jnp.arange(size * group)[None]
+            return jnp.where((nth >= begin * group) & (nth < packed[:, None]), self.sinks + nth, -1)
+
+        if q.shape[1] <= FEW:
+            k, v = (self.k_codec, self.k_codes, self.k_scales), (self.v_codec, self.v_codes, self.v_scales)
+            out, lse = attend_folded(k, v, turned, positions, tokens(0, groups, 0), mask)
+            return self.v_codec.turn_back(out), lse
+        size = max(1, min(BLOCK // group, groups))
+
+        def first(i: Int[Array, ""]):
+            return jnp.minimum(i * size, groups - size)  # the last block reaches back, and counts no token twice
+
+        def load(i: Int[Array, ""]):
+            def cut(x, axis: int):
+                return jax.lax.dynamic_slice_in_dim(x, first(i), size, axis=axis)
+
+            keys = self.k_codec.decode(cut(self.k_codes, 3), cut(self.k_scales, 2))
+            return keys, self.v_codec.decode(cut(self.v_codes, 2), cut(self.v_scales, 2))
+
+        out, lse = attend_blocks(
+            turned, lambda i: tokens(first(i), size, i * size), load, -(-groups // size), positions, mask
+        )
+        return self.v_codec.turn_back(out), lse
+
+
+_PACKED = ("k_codes", "k_scales", "v_codes", "v_scales")
+
+
+def _write_groups(
+    buffer: Shaped[Array, "rows ..."],
+    new: Shaped[Array, "rows ..."],
+    first: Int[Array, "batch"],
+    keep: Bool[Array, "batch count"],
+    axis: int,
+) -> Shaped[Array, "rows ..."]:
+    """Put those of row `b`'s new groups with `keep` along `axis`, from `first[b]` on; others stay as they are."""
+    batch, count = keep.shape
+
+    def one(buffer, new, first, keep):
+        old = jax.lax.dynamic_slice_in_dim(buffer, first, count, axis=axis)
+        kept = jax.lax.broadcast_in_dim(keep, new.shape, (axis,))
+        return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(kept, new, old), first, axis=axis)
+
+    if batch == 1:  # with an axis for it, XLA copies
+        return one(buffer, new, first[0], keep[0])
+    split = [x.reshape(batch, -1, *x.shape[1:]) for x in (buffer, new)]
+    return jax.vmap(one)(*split, first, keep).reshape(buffer.shape)
