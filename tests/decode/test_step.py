@@ -1,6 +1,7 @@
 """prefill and decode_step: chunks, compiles, what stays in place, and refusals."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import Dense, Ring
+from kvjax.cache import Dense, Evicting, Ring
 from kvjax.decode import BUCKETS, begin, rules, state
 from tests.compiles import Compiles
-from tests.tiny import prompts, tiny
+from tests.tiny import LLAMA, prompts, tiny
 
 
 def test_a_second_turn_prefills_only_what_is_new():
@@ -67,9 +68,10 @@ def test_decode_step_traces_once():
     assert compiles.of("decode_step") == 1
 
 
-def compiled(name: str, strategy, batch: int):
+def compiled(name: str, strategy, batch: int, head_dim: int):
     """A program over a cache that dwarfs the model, and that cache."""
-    model, params = tiny()
+    model = kvjax.Transformer(replace(LLAMA, head_dim=head_dim))
+    params = kvjax.init_params(model, jax.random.key(0))
     cache = strategy.init(model, batch=batch, capacity=16384)
     token = jnp.zeros(batch, jnp.int32)
     if name == "decode_step":
@@ -80,11 +82,20 @@ def compiled(name: str, strategy, batch: int):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("strategy", [Dense(), Ring(window=8000, sinks=4)], ids=str)
+@pytest.mark.parametrize(
+    ("strategy", "head_dim"),
+    [
+        (Dense(), 8),
+        (Ring(window=8000, sinks=4), 8),
+        (Evicting(8000, "key_diff"), 8),
+        (Evicting(8000, "h2o"), 64),  # where keys are larger than the logits that it needs twice
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["decode_step", "generate"])
-def test_the_cache_is_written_in_place(name, strategy, batch):
+def test_the_cache_is_written_in_place(name, strategy, head_dim, batch):
     """Rule 5: donated memory covers the cache, no temporary is as large as one buffer of one layer, no copy."""
-    program, cache = compiled(name, strategy, batch)
+    program, cache = compiled(name, strategy, batch, head_dim)
     buffer = cache.layers[0].k
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= kvjax.nbytes(cache)

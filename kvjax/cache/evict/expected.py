@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.evict.score import Keys, Score
@@ -16,7 +17,7 @@ from kvjax.rope import frequencies, rotate
 
 @pytree
 class Queries:
-    """Sums over all queries so far, rotated back to position 0, a query head apart; `at` is the next position.
+    """Sums over all queries so far, rotated back to position 0, a query head apart.
 
     `weights` is the logarithm of the sum of the expected weights of all keys so far.
     """
@@ -25,7 +26,6 @@ class Queries:
     total: Float[Array, "rows group head_dim"]
     square: Float[Array, "rows group head_dim"]
     weights: Float[Array, "rows group"]
-    at: Int[Array, "rows"]
     rope: Rope | None = static()
 
 
@@ -45,20 +45,18 @@ class Expected(Score):
     def begin(self, spec):
         rows, shape = spec.batch * spec.kv_heads, (spec.batch * spec.kv_heads, spec.group, spec.head_dim)
         none = jnp.full(shape[:2], -jnp.inf)
-        return Queries(jnp.zeros(rows), jnp.zeros(shape), jnp.zeros(shape), none, jnp.zeros(rows, jnp.int32), spec.rope)
+        return Queries(jnp.zeros(rows), jnp.zeros(shape), jnp.zeros(shape), none, spec.rope)
 
     def observe(self, state, q, k, positions, valid):
         wide = q.astype(jnp.float32)
         if state.rope is not None:
             wide = rotate(wide, -positions, state.rope) / frequencies(state.rope, q.shape[-1])[1] ** 2
         wide = jnp.where(valid[..., None, None], wide, 0.0)
-        fresh = valid.sum(1)
         state = replace(
             state,
-            count=state.count + fresh.astype(jnp.float32),
+            count=state.count + valid.sum(1).astype(jnp.float32),
             total=state.total + wide.sum(1),
             square=state.square + jnp.square(wide).sum(1),
-            at=positions[:, 0] + fresh,
         )
         new = jnp.where(valid[:, None], self._logits(state, k), -jnp.inf)
         peak = jax.lax.stop_gradient(jnp.maximum(jnp.max(new, axis=2), state.weights))
@@ -76,7 +74,7 @@ class Expected(Score):
         mean = state.total / count
         spread = jnp.maximum(state.square / count - jnp.square(mean), 0.0)
         if state.rope is not None:
-            mean, spread = _turned(mean, spread, state.at, self.horizon, state.rope)
+            mean, spread = _turned(mean, spread, state.count.astype(jnp.int32), self.horizon, state.rope)
         scale, wide = k.shape[-1] ** -0.5, k.astype(jnp.float32)
         logits = scale * jnp.einsum("rsd,rgd->rgs", wide, mean)
         return logits + 0.5 * scale**2 * jnp.einsum("rsd,rgd->rgs", jnp.square(wide), spread)
@@ -84,10 +82,11 @@ class Expected(Score):
 
 def _turned(mean, spread, at: Int[Array, "rows"], horizon: int, rope: Rope):
     """Mean and variances of a query after the average rotation of the `horizon` positions from `at` on."""
-    ahead = at[:, None] + jnp.arange(0, horizon, max(1, horizon // 64))[None]
-    many = jnp.broadcast_to(mean[:, None], (mean.shape[0], ahead.shape[1], *mean.shape[1:]))
-    turned = rotate(many, ahead, rope)
-    dim = rope.rotary_dim or mean.shape[-1]
-    half = dim // 2
-    pair = 0.5 * (spread[..., :half] + spread[..., half:dim])
-    return turned.mean(1), jnp.concatenate([pair, pair, spread[..., dim:]], axis=-1)
+    turned = rotate(mean[:, None], at[:, None], rope)[:, 0]
+    angles = np.outer(np.arange(horizon), frequencies(rope, mean.shape[-1])[0])
+    cos, sin = (jnp.asarray(f(angles).mean(0), jnp.float32)[None, None] for f in (np.cos, np.sin))
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(turned, (half, 2 * half), axis=-1)
+    pair = 0.5 * (spread[..., :half] + spread[..., half : 2 * half])
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    return turned, jnp.concatenate([pair, pair, spread[..., 2 * half :]], axis=-1)

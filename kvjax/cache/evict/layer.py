@@ -78,7 +78,7 @@ class EvictingLayer:
     def fork(self, rows: Int[Array, "new_batch"]) -> EvictingLayer:
         batch = self.k.shape[0] // self.knobs.budget.shape[0]
         held = (self.k, self.v, self.positions, self.worth, self.state)
-        k, v, positions, worth, state = jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), held)
+        k, v, positions, worth, state = jax.tree.map(lambda x: take_rows(x[:, None], rows, batch)[:, 0], held)
         return replace(self, k=k, v=v, positions=positions, worth=worth, state=state)
 
     def _take_one(self, q, k, v, positions, valid, mask: Mask):

@@ -49,7 +49,7 @@ def held(layer) -> list[set[int]]:
     return [set(row.tolist()) - {-1} for row in np.asarray(layer.positions)]
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", ["h2o", "peak", "key_diff", "expected"])
 def test_with_room_for_all_nothing_is_lost(score):
     """Rule 7, whatever the score and however the tokens come."""
     mask = Mask(0.3, window=9) if score == "h2o" else Mask(0.3)
@@ -60,7 +60,7 @@ def test_with_room_for_all_nothing_is_lost(score):
     assert held(layer) == [set(range(TOTAL))] * 4
     for row, slots in enumerate(np.asarray(layer.positions)):  # each slot's key is that of its position
         filled = slots >= 0
-        np.testing.assert_array_equal(layer.k[row, filled], tokens[1][row, slots[filled]])
+        np.testing.assert_array_equal(np.asarray(layer.k)[row, filled], np.asarray(tokens[1])[row, slots[filled]])
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -83,6 +83,7 @@ def test_one_token_at_a_time_the_least_attended_goes(window):
     q, k, v, _, _ = inputs(3, batch=1, width=TOTAL, heads=4, slots=TOTAL)
     layer = Evicting(8, Attention(window), sinks=1, recent=2).layer(replace(SPEC, batch=1))
     step = jax.jit(lambda layer, *new: layer.attend(*new, Mask(0.5)))
+    q, k, v = (np.asarray(x) for x in (q, k, v))
     kept: list[dict[int, float]] = [{}, {}]
     for at in range(TOTAL):
         new = (x.reshape(1, 2, TOTAL, 8)[:, :, at][:, None] for x in (k, v))
@@ -93,10 +94,10 @@ def test_one_token_at_a_time_the_least_attended_goes(window):
             mine[at] = 0.0
             here = sorted(mine)
             for group in (0, 1):
-                logits = np.asarray(k[head, np.array(here)], np.float64) @ np.asarray(q[0, at, 2 * head + group]) * 0.5
+                logits = k[head, np.array(here)].astype(np.float64) @ q[0, at, 2 * head + group] * 0.5
                 chance = np.exp(logits - logits.max())
                 chance /= chance.sum()
-                wanted = chance @ np.asarray(v[head, np.array(here)])
+                wanted = chance @ v[head, np.array(here)]
                 np.testing.assert_allclose(out[0, 0, 2 * head + group], wanted, atol=3e-6)
                 for p, x in zip(here, chance, strict=True):
                     if group == 0 and window is not None:
@@ -112,16 +113,35 @@ def test_a_chunk_keeps_the_most_attended_by_its_last_queries():
     new = (x.reshape(1, 2, TOTAL, 8).swapaxes(1, 2) for x in (k, v))
     length = 33
     valid = jnp.arange(TOTAL)[None] < length
-    _, _, layer = layer.attend(q, *new, positions, valid, Mask(0.5))
+    _, _, layer = jax.jit(lambda layer, *new: layer.attend(*new, Mask(0.5)))(layer, q, *new, positions, valid)
+    k, q = np.asarray(k), np.asarray(q)
     for head in (0, 1):
         worth = np.zeros(length)
         for at in range(length - 4, length):
             for group in (0, 1):
-                logits = np.asarray(k[head, : at + 1] @ q[0, at, 2 * head + group]) * 0.5
+                logits = k[head, : at + 1] @ q[0, at, 2 * head + group] * 0.5
                 worth[: at + 1] += np.exp(logits) / np.exp(logits).sum()
         pooled = np.max([np.roll(np.pad(worth, 1), i)[1:-1] for i in (-1, 0, 1)], axis=0)
         pooled[[0, 1, *range(length - 4, length)]] = np.inf
         assert held(layer)[head] == set(np.argsort(-pooled, kind="stable")[:12].tolist())
+
+
+def test_looking_takes_nothing_in_and_sees_what_is_held():
+    """As attention over the tokens that `held` names, whatever is newer than the length that it is asked for."""
+    layer = Evicting(((12, 9),), "key_norm", sinks=2, recent=3).layer(SPEC)
+    _, _, layer, (q, k, v, _, _) = fed(layer, 6, Mask(0.5))
+    positions = jnp.full((2, 1), TOTAL)
+    out, lse = jax.jit(lambda layer, q, at: layer.look(q, at, Mask(0.5)))(layer, q[:, :1], positions)
+    for row, kept in enumerate(np.asarray(layer.held(jnp.array([TOTAL, TOTAL])))):
+        kept = np.sort(kept[kept >= 0])
+        assert len(kept) == (12, 9)[row % 2]
+        for head in (0, 1):
+            logits = np.asarray(k)[row, kept] @ np.asarray(q)[row // 2, 0, 2 * (row % 2) + head] * 0.5
+            np.testing.assert_allclose(lse[row // 2, 0, 2 * (row % 2) + head], np.log(np.exp(logits).sum()), atol=1e-5)
+            wanted = np.exp(logits) / np.exp(logits).sum() @ np.asarray(v)[row, kept]
+            np.testing.assert_allclose(out[row // 2, 0, 2 * (row % 2) + head], wanted, atol=1e-5)
+    before = np.asarray(layer.held(jnp.array([TOTAL - 1, 0])))
+    assert (before < TOTAL - 1).all() and (before[:2] >= 0).any() and (before[2:] == -1).all()
 
 
 def test_what_the_models_window_left_behind_goes_first():
@@ -148,22 +168,19 @@ def test_rows_grow_without_end_in_fewer_bytes():
 
 def test_vmap_over_a_knob_gives_what_each_value_gives():
     model, params = tiny()
-    cache = Evicting(20, "key_diff", sinks=1, recent=2).init(model, batch=1, capacity=64)
+    empty = Evicting(20, "key_diff", sinks=1, recent=2).init(model, batch=1, capacity=64)
+    tokens = prompts(0, 30, 1)
 
-    @jax.jit
-    def scored(budget):
-        return kvjax.prefill(model, params, turn(cache, budget=budget), prompts(0, 1, 30), jnp.array([30]))[1].layers
+    def last_logits(budget):
+        def step(cache, token):
+            return kvjax.decode_step(model, params, cache, token)[::-1]
 
-    @jax.jit
-    def step(layers):
-        return kvjax.decode_step(model, params, replace(cache, layers=layers, length=jnp.array([30])), jnp.array([1]))[
-            0
-        ]
+        return jax.lax.scan(step, turn(empty, budget=budget), tokens)[1][-1]
 
     budgets = jnp.array([6, 11, 20])
-    together = jax.vmap(lambda budget: step(scored(budget)))(budgets)
+    together, alone = jax.jit(jax.vmap(last_logits))(budgets), jax.jit(last_logits)
     for budget, logits in zip(budgets, together, strict=True):
-        np.testing.assert_allclose(step(scored(budget)), logits, atol=1e-5)
+        np.testing.assert_allclose(alone(budget), logits, atol=1e-5)
     assert not np.allclose(together[0], together[1], atol=1e-3)
 
 
@@ -174,6 +191,7 @@ def test_soft_eviction_can_be_differentiated_through_cached_decoding():
     tokens = prompts(1, 1, 16)
 
     @jax.jit
+    @jax.value_and_grad
     def loss(knobs):
         def step(cache, pair):
             logits, cache = kvjax.decode_step(model, params, cache, pair[:1])
@@ -183,14 +201,13 @@ def test_soft_eviction_can_be_differentiated_through_cached_decoding():
         return jax.lax.scan(step, turn(cache, threshold=knobs[0], temperature=knobs[1]), pairs)[1].sum()
 
     at = jnp.array([0.4, 0.3])
-    slopes = jax.jit(jax.grad(loss))(at)
-    for i, slope in enumerate(slopes):
-        up, down = (loss(at.at[i].add(change)) for change in (1e-2, -1e-2))
+    for i, slope in enumerate(loss(at)[1]):
+        up, down = (loss(at.at[i].add(change))[0] for change in (1e-2, -1e-2))
         assert abs(slope) > 1e-3
         np.testing.assert_allclose(slope, (up - down) / 2e-2, rtol=0.05)
     scores = jax.nn.log_softmax(kvjax.forward(model, params, tokens))[0, :-1]
     whole = -jnp.take_along_axis(scores, tokens[0, 1:, None], axis=1).sum()
-    np.testing.assert_allclose(loss(jnp.array([-1e3, 1.0])), whole, atol=1e-3)
+    np.testing.assert_allclose(loss(jnp.array([-1e3, 1.0]))[0], whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("width", [1, 5])
@@ -198,19 +215,19 @@ def test_a_soft_share_is_added_to_the_logits_as_its_logarithm(width):
     layer = Evicting(20, "random", sinks=1, recent=2, threshold=0.4, temperature=0.1).layer(SPEC)
     q, k, v, positions, _ = inputs(6, batch=2, width=16, heads=4, slots=16)
     by_token = [x.reshape(2, 2, 16, 8).swapaxes(1, 2) for x in (k, v)]
+    step = jax.jit(lambda layer, *new: layer.attend(*new, new[-1] >= 0, Mask(0.5)))
     for cut in (slice(0, 16 - width), slice(16 - width, 16)):
         held = layer
-        new = (x[:, cut] for x in (q, *by_token, positions))
-        q_, k_, v_, at = new
-        out, lse, layer = layer.attend(q_, k_, v_, at, at >= 0, Mask(0.5))
-    rate = np.asarray(held.score.rate(held.state, k, v, jnp.repeat(positions, 2, axis=0)))
+        out, lse, layer = step(layer, *(x[:, cut] for x in (q, *by_token, positions)))
+    k, v, q = (np.asarray(x) for x in (k, v, q))
+    rate = np.asarray(held.score.rate(held.state, *map(jnp.asarray, (k, v)), jnp.repeat(positions, 2, axis=0)))
     share = 1 / (1 + np.exp((0.4 - rate) / 0.1))
     share[:, [0, *range(16 - max(width, 2), 16)]] = 1.0
     for row, i, head in np.ndindex(2, width, 4):
         at, mine = 16 - width + i, 2 * row + head // 2
-        logits = np.asarray(k[mine, : at + 1] @ q[row, at, head]) * 0.5 + np.log(share[mine, : at + 1])
+        logits = k[mine, : at + 1] @ q[row, at, head] * 0.5 + np.log(share[mine, : at + 1])
         np.testing.assert_allclose(lse[row, i, head], np.log(np.exp(logits).sum()), atol=1e-5)
-        wanted = np.exp(logits - lse[row, i, head]) @ np.asarray(v[mine, : at + 1])
+        wanted = np.exp(logits - lse[row, i, head]) @ v[mine, : at + 1]
         np.testing.assert_allclose(out[row, i, head], wanted, atol=1e-5)
 
 
