@@ -19,6 +19,7 @@ CACHES = {
     "Ring(window=6, sinks=2)": Ring(window=6, sinks=2),
     "Evicting(budget=64)": Evicting(64),
     "Evicting(budget=9, score='key_diff', sinks=1, recent=3)": Evicting(9, "key_diff", sinks=1, recent=3),
+    "Evicting(budget=64, sinks=2, recent=6, inner=Quantized(8))": Evicting(64, sinks=2, recent=6, inner=Quantized(8)),
     "Paged(page=4, pool=24)": Paged(page=4, pool=24),
     "Quantized(8, residual=8)": Quantized(8, residual=8),
     "Shared(Dense())": Shared(Dense()),

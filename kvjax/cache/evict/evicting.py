@@ -9,9 +9,11 @@ import jax.numpy as jnp
 
 from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
 from kvjax.cache.evict.budgets import Budget, slots_of
+from kvjax.cache.evict.coded import CodedLayer, encoded
 from kvjax.cache.evict.layer import EvictingLayer, Knobs
 from kvjax.cache.evict.score import Score
 from kvjax.cache.evict.scores import SCORES
+from kvjax.cache.quantized import Quantized
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Evicting(Strategy):
         split: how one number is split over layers: "uniform", or "pyramid", from 1.5 of it down to 0.5.
         threshold, temperature: with a temperature, eviction is also soft: a held token's attention is multiplied
             by `sigmoid((worth - threshold) / temperature)`, which can be differentiated.
+        dtype: of what is held in full; None means the model's cache dtype.
+        inner: `Quantized`, or its bits, holds what is neither sink nor recent in `rotated` codes; of its settings only
+            the bits count.
     """
 
     budget: Budget
@@ -40,6 +45,7 @@ class Evicting(Strategy):
     threshold: float = 0.0
     temperature: float | None = None
     dtype: str | None = None
+    inner: Quantized | int | None = None
 
     def __post_init__(self):
         if isinstance(self.score, str) and self.score not in SCORES:
@@ -51,8 +57,23 @@ class Evicting(Strategy):
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"Evicting: `temperature` must be above 0, got {self.temperature}")
         check_dtype(self, self.dtype)
+        if isinstance(self.inner, int):
+            object.__setattr__(self, "inner", Quantized(self.inner))
+        if self.inner is not None:
+            self._check_inner(self.inner)
 
-    def layer(self, spec: LayerSpec) -> EvictingLayer:
+    def _check_inner(self, inner: Any) -> None:
+        if not isinstance(inner, Quantized) or (inner.keys, inner.values) != ("rotated", "rotated"):
+            raise ValueError(
+                f"Evicting: `inner` must be `Quantized` with `rotated` keys and values, for a slot must be coded "
+                f"without its neighbours, got {inner}"
+            )
+        if isinstance(inner.bits, tuple) or isinstance(inner.value_bits, tuple):
+            raise ValueError(f"Evicting: `inner` must have the same bits in all layers, got {inner}")
+        if self.temperature is not None:
+            raise ValueError("Evicting: `temperature` must be None with an `inner`: codes have no gradient")
+
+    def layer(self, spec: LayerSpec) -> EvictingLayer | CodedLayer:
         budgets = slots_of(self.budget, self.split, spec, self.sinks + self.recent)
         score = SCORES[self.score] if isinstance(self.score, str) else self.score
         spec = replace(spec, dtype=self.dtype or spec.dtype)
@@ -64,6 +85,9 @@ class Evicting(Strategy):
             jnp.float32(self.threshold),
             jnp.float32(1.0 if self.temperature is None else self.temperature),
         )
+        front = self.sinks + self.recent
+        if self.inner is not None and slots > front:
+            return self._coded(spec, slots, front, knobs, score)
         return EvictingLayer(
             spec.zeros(slots),
             spec.zeros(slots),
@@ -75,6 +99,24 @@ class Evicting(Strategy):
             self.temperature is not None,
         )
 
+    def _coded(self, spec: LayerSpec, slots: int, front: int, knobs: Knobs, score: Score) -> CodedLayer:
+        inner: Any = self.inner
+        value_bits = inner.bits if inner.value_bits is None else inner.value_bits
+        k_codes, v_codes = (encoded(spec.zeros(slots - front), bits) for bits in (inner.bits, value_bits))
+        rows = spec.batch * spec.kv_heads
+        return CodedLayer(
+            spec.zeros(front),
+            spec.zeros(front),
+            k_codes,
+            v_codes,
+            jnp.full((rows, slots), -1, jnp.int32),
+            jnp.zeros((rows, slots), jnp.float32),
+            score.begin(spec),
+            knobs,
+            score,
+            self.sinks,
+        )
+
 
 def turn(cache: Cache, **knobs: Any) -> Cache:
     """The cache with some of its layers' `Knobs` replaced: `turn(cache, threshold=0.1)`. Arrays may be traced.
@@ -82,12 +124,15 @@ def turn(cache: Cache, **knobs: Any) -> Cache:
     Raises:
         ValueError: naming a knob that does not exist.
     """
+    fixed = sorted({"sinks", "recent"} & set(knobs))
+    if fixed and any(isinstance(layer, CodedLayer) for layer in cache.layers):
+        raise ValueError(f"turn: {', '.join(fixed)} are fixed in a cache with an `inner`, whose slots they decide")
     known = list(Knobs.__dataclass_fields__)
     for name in knobs:
         if name not in known:
             raise ValueError(f"turn: `{name}` is no knob; expected one of {', '.join(known)}")
 
-    def turned(layer: EvictingLayer) -> EvictingLayer:
+    def turned(layer: Any) -> Any:
         old = {name: getattr(layer.knobs, name) for name in knobs}
         new = {name: jnp.broadcast_to(jnp.asarray(knobs[name], x.dtype), x.shape) for name, x in old.items()}
         return replace(layer, knobs=replace(layer.knobs, **new))

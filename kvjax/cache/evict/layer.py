@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.cache.attention import Mask, attend, by_head, merge, queries_by_head, queries_together
 from kvjax.cache.evict.score import Score
@@ -77,16 +77,13 @@ class EvictingLayer:
 
     def fork(self, rows: Int[Array, "new_batch"]) -> EvictingLayer:
         batch = self.k.shape[0] // self.knobs.budget.shape[0]
-        held = (self.k, self.v, self.positions, self.worth, self.state)
-        k, v, positions, worth, state = jax.tree.map(lambda x: take_rows(x[:, None], rows, batch)[:, 0], held)
-        return replace(self, k=k, v=v, positions=positions, worth=worth, state=state)
+        forked = jax.tree.map(lambda x: take_rows(x[:, None], rows, batch)[:, 0], replace(self, knobs=None))
+        return replace(forked, knobs=jax.tree.map(jnp.copy, self.knobs))  # or one fork's donation would end the other
 
     def _take_one(self, q, k, v, positions, valid, mask: Mask):
         """Overwrite the slot worth least, then attend."""
-        full = (self.positions >= 0).sum(1, keepdims=True) >= self._budget()
-        empty = jnp.where(full, jnp.inf, -jnp.inf)
-        rank = self._rank(self.worth, self.positions, positions[:, :1], mask)
-        slot = jnp.argmin(jnp.where(self.positions < 0, empty, rank), axis=1)
+        rank = ranked(self.knobs, self.worth, self.positions, positions[:, :1], mask)
+        slot = jnp.argmin(jnp.where(self.positions < 0, vacant(self.knobs, self.positions), rank), axis=1)
         worth = self.score.rate(self.state, k, v, positions)
         layer = replace(
             self,
@@ -105,16 +102,34 @@ class EvictingLayer:
     def _take_chunk(self, q, k, v, positions, valid, mask: Mask):
         """Attend to all that is held and all that is new, then keep the best of both."""
         fresh = jnp.where(valid, positions, -1)
+        out, lse, old, new = self.compared(q, k, v, positions, valid, mask)
+        kept, slots = self.best(old, new, fresh, mask), self.positions.shape[1]
+        taken, index = placed(kept[:, :slots], kept[:, slots:])
+        held = jnp.where(kept[:, :slots], self.positions, -1)
+        k, v, held, worth = (
+            blend(x, y, taken, index) for x, y in ((self.k, k), (self.v, v), (held, fresh), (old, new))
+        )
+        return out, lse, replace(self, k=k, v=v, positions=held, worth=worth)
+
+    def compared(self, q, k, v, positions, valid, mask: Mask):
+        """A chunk's attention to what is held and to itself, and the worth of what is held and of what is new."""
+        fresh = jnp.where(valid, positions, -1)
         out, lse = merge(self._look(q, positions, mask), attend(q, k, v, positions, fresh, mask))
-        if isinstance(self.score, Attention):
-            weight = self.score.weights(valid)
-            old = self._received(self.score, q, positions, lse, weight, mask)
-            old = self.score.joined(self.worth * self.score.kept(valid.sum(1))[:, None], old)
-            new = self.score.received(q, k, v, positions, fresh, lse, weight, mask, pool=True)
-        else:
+        if not isinstance(self.score, Attention):
             old = self.score.rate(self.state, self.k, self.v, self.positions)
-            new = self.score.rate(self.state, k, v, positions)
-        return out, lse, self._keep_best(old, k, v, fresh, new, mask)
+            return out, lse, old, self.score.rate(self.state, k, v, positions)
+        weight = self.score.weights(valid)
+        old = self._received(self.score, q, positions, lse, weight, mask)
+        old = self.score.joined(self.worth * self.score.kept(valid.sum(1))[:, None], old)
+        return out, lse, old, self.score.received(q, k, v, positions, fresh, lse, weight, mask, pool=True)
+
+    def best(self, old, new, fresh, mask: Mask) -> Bool[Array, "rows slots_and_width"]:
+        """Which of what is held and what is new the budget has room for."""
+        both = jnp.concatenate([self.positions, fresh], axis=1)
+        rank = ranked(self.knobs, jnp.concatenate([old, new], axis=1), both, both.max(1, keepdims=True), mask)
+        rank = jnp.where(both < 0, -jnp.inf, rank)
+        place = jnp.argsort(jnp.argsort(-rank, axis=1, stable=True), axis=1)
+        return (place < budgets(self.knobs, both)) & (both >= 0)
 
     def _look(self, q, positions, mask: Mask):
         """Attention over the slots; soft eviction weighs each slot's share of it and normalises again."""
@@ -129,42 +144,52 @@ class EvictingLayer:
 
     def _share(self, positions) -> Float[Array, "rows slots"]:
         share = jax.nn.sigmoid((self.worth - self.knobs.threshold) / self.knobs.temperature)
-        return jnp.where(self._safe(self.positions, positions.max(1, keepdims=True)), 1.0, share)
+        return jnp.where(safe(self.knobs, self.positions, positions.max(1, keepdims=True)), 1.0, share)
 
-    def _keep_best(self, old, k, v, fresh, new, mask: Mask) -> EvictingLayer:
-        """Freed slots take, in order, the new tokens that are kept; a token that is kept never moves."""
-        both = jnp.concatenate([self.positions, fresh], axis=1)
-        newest = both.max(1, keepdims=True)
-        rank = self._rank(jnp.concatenate([old, new], axis=1), both, newest, mask)
-        rank = jnp.where(both < 0, -jnp.inf, rank)
-        place = jnp.argsort(jnp.argsort(-rank, axis=1, stable=True), axis=1)
-        kept = (place < self._budget()) & (both >= 0)
-        slots = self.positions.shape[1]
-        stays, enters = kept[:, :slots], kept[:, slots:]
-        source = jnp.argsort(~enters, axis=1, stable=True)
-        nth = jnp.cumsum(~stays, axis=1) - 1
-        taken = ~stays & (nth < enters.sum(1, keepdims=True))
-        index = jnp.take_along_axis(source, jnp.clip(nth, 0, fresh.shape[1] - 1), axis=1)
 
-        def blend(held, new):
-            where, at = (x.reshape(*x.shape, *(1,) * (held.ndim - 2)) for x in (taken, index))
-            return jnp.where(where, jnp.take_along_axis(new, at, axis=1), held)
+def placed(
+    stays: Bool[Array, "rows slots"], enters: Bool[Array, "rows tokens"]
+) -> tuple[Bool[Array, "rows slots"], Int[Array, "rows slots"]]:
+    """Which freed slots take one of the tokens that enter, in order, and its index; a token that stays never moves."""
+    source = jnp.argsort(~enters, axis=1, stable=True)
+    nth = jnp.cumsum(~stays, axis=1) - 1
+    taken = ~stays & (nth < enters.sum(1, keepdims=True))
+    return taken, jnp.take_along_axis(source, jnp.clip(nth, 0, enters.shape[1] - 1), axis=1)
 
-        positions = blend(jnp.where(stays, self.positions, -1), fresh)
-        return replace(self, k=blend(self.k, k), v=blend(self.v, v), positions=positions, worth=blend(old, new))
 
-    def _rank(self, worth, held, newest, mask: Mask):
-        """Worth, infinite for what must stay, least for what the model's own window has left behind."""
-        worth = jnp.where(self._safe(held, newest), jnp.inf, worth)
-        if mask.window is None:
-            return worth
-        return jnp.where(held <= newest - mask.window, jnp.finfo(jnp.float32).min, worth)
+def blend(
+    held: Shaped[Array, "rows slots *rest"],
+    new: Shaped[Array, "rows tokens *rest"],
+    taken: Bool[Array, "rows slots"],
+    index: Int[Array, "rows slots"],
+) -> Shaped[Array, "rows slots *rest"]:
+    """`held`, but the new token `index` in each slot that is `taken`."""
+    where, at = (x.reshape(*x.shape, *(1,) * (held.ndim - 2)) for x in (taken, index))
+    return jnp.where(where, jnp.take_along_axis(new, at, axis=1), held)
 
-    def _safe(self, held, newest) -> Bool[Array, "rows slots"]:
-        return (held < self.knobs.sinks) | (held > newest - self.knobs.recent)
 
-    def _budget(self) -> Int[Array, "rows 1"]:
-        return jnp.tile(self.knobs.budget, self.k.shape[0] // self.knobs.budget.shape[0])[:, None]
+def ranked(knobs: Knobs, worth: Float[Array, "rows slots"], held: Int[Array, "rows slots"], newest, mask: Mask):
+    """Worth, infinite for what must stay, least for what the model's own window has left behind."""
+    worth = jnp.where(safe(knobs, held, newest), jnp.inf, worth)
+    if mask.window is None:
+        return worth
+    return jnp.where(held <= newest - mask.window, jnp.finfo(jnp.float32).min, worth)
+
+
+def safe(knobs: Knobs, held: Int[Array, "rows slots"], newest: Int[Array, "rows 1"]) -> Bool[Array, "rows slots"]:
+    """Which tokens are sinks or recent."""
+    return (held < knobs.sinks) | (held > newest - knobs.recent)
+
+
+def budgets(knobs: Knobs, held: Int[Array, "rows slots"]) -> Int[Array, "rows 1"]:
+    """Each row's budget."""
+    return jnp.tile(knobs.budget, held.shape[0] // knobs.budget.shape[0])[:, None]
+
+
+def vacant(knobs: Knobs, held: Int[Array, "rows slots"], front: int = 0) -> Float[Array, "rows 1"]:
+    """The rank of an empty slot: below all others while the budget has room, above them once it has none."""
+    full = (held >= 0).sum(1, keepdims=True) >= budgets(knobs, held) - front
+    return jnp.where(full, jnp.inf, -jnp.inf)
 
 
 def _weighed(q, layer: EvictingLayer, positions, lse, share, mask: Mask):
