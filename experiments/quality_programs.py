@@ -42,9 +42,14 @@ class Programs:
         self.prompts = prompts
         self.reference: list[Array] = []
         self.pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
-        self.text = {s: self.pool.submit(self._compile_text, s) for s in strategies if len(texts)}
-        self.key = {s: self.pool.submit(self._compile_key, s) for s in strategies if len(prompts)}
         self.full = self.pool.submit(self._compile_full) if len(texts) else None
+        self.text: dict[Strategy, Future] = {}
+        self.key: dict[Strategy, Future] = {}
+        for strategy in strategies:  # in the order of the rows, so that the first are ready while others compile
+            if len(texts):
+                self.text[strategy] = self.pool.submit(self._compile_text, strategy)
+            if len(prompts):
+                self.key[strategy] = self.pool.submit(self._compile_key, strategy)
 
     def agreement(self, strategy: Strategy) -> dict[str, float]:
         """Top-1 agreement with the full cache, KL from it in nats a token, and the change of perplexity."""
