@@ -17,5 +17,6 @@ EXPERIMENTS = {
     "bench_cpu": "experiments.bench_cpu",
     "cache_quality": "experiments.cache_quality",
     "compile_cpu": "experiments.compile_cpu",
+    "gpu_attention": "experiments.gpu_attention",
     "prefix_trace": "experiments.prefix_trace",
 }
