@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels.decode_attention import decode_attention, fitting
@@ -23,6 +23,7 @@ on_hopper = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an 
     kv_heads=st.sampled_from([1, 3]),
     workers=st.sampled_from([2, 5, 132]),  # few shapes: each one is compiled
 )
+@example(lengths=[1, 0, 65], kv_heads=1, workers=2)
 def test_a_plan_gives_each_visible_tile_to_one_worker(lengths, kv_heads, workers):
     slots, tiling = 320, Tiling(64, 2, workers)
     held = np.arange(slots)[None]
@@ -39,6 +40,8 @@ def test_a_plan_gives_each_visible_tile_to_one_worker(lengths, kv_heads, workers
         for row in range(first, stop):
             begin = enter if row == first else 0
             end = leave if row == stop - 1 else counts[row // kv_heads]
+            if begin == end == counts[row // kv_heads]:
+                continue  # an empty row between others
             assert begin < end
             read[row] += tiles[row, begin:end].tolist()
             met[row].append(worker + row)
