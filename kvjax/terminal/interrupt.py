@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
@@ -19,9 +20,10 @@ def insisting() -> Generator[Callable[[], bool]]:
     """Ctrl-C raises KeyboardInterrupt, and raises it again when the yielded function is called or the block ends.
 
     Python drops an exception that a signal handler raises inside a C callback or a finaliser, and loading and
-    compiling have many of both. The function gives False, so it can be asked as `noticing`'s is.
+    compiling have many of both; what it would say of that is left unsaid. The function gives False, so it can be asked
+    as `noticing`'s is.
     """
-    with _counting(raise_from=1) as presses:
+    with _counting(raise_from=1) as presses, _unsaid():
 
         def check() -> bool:
             if presses:
@@ -30,6 +32,22 @@ def insisting() -> Generator[Callable[[], bool]]:
 
         yield check
         check()
+
+
+@contextmanager
+def _unsaid() -> Generator[None]:
+    """Without "Exception ignored in …" for a KeyboardInterrupt that Python drops."""
+    before = sys.unraisablehook
+
+    def hook(dropped) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager
