@@ -89,50 +89,44 @@ def attend(
         return _finish(_piece(q, k, v, positions, slots, mask), q.dtype)
     size = min(BLOCK, k.shape[1])
 
-    def start(i):
-        return jnp.minimum(i * size, k.shape[1] - size)  # the last block reaches back, and counts no slot twice
+    def load(first):
+        return tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k, v))
 
-    def look(i):
-        cut = jax.lax.dynamic_slice_in_dim(slots, start(i), size, axis=1)
-        return jnp.where(start(i) + jnp.arange(size)[None] >= i * size, cut, -1)
-
-    def load(i):
-        return tuple(jax.lax.dynamic_slice_in_dim(x, start(i), size, axis=1) for x in (k, v))
-
-    return attend_blocks(q, look, load, -(-k.shape[1] // size), positions, mask)
+    return attend_blocks(q, slots, load, size, positions, mask)
 
 
 def attend_blocks(
     q: Float[Array, "batch width heads head_dim"],
-    look: Callable[[Int[Array, ""]], Int[Array, "batch size"]],
+    slots: Int[Array, "batch slots"],
     load: Callable[[Int[Array, ""]], tuple[Float[Array, "rows size head_dim"], Float[Array, "rows size head_dim"]]],
-    blocks: int,
+    size: int,
     positions: Int[Array, "batch width"],
     mask: Mask,
 ) -> Partial:
-    """`attend` to slots that come a block at a time, so that memory does not grow with them.
+    """`attend` to slots that come `size` at a time, so that memory does not grow with them.
 
     Args:
-        look: the position that each slot of block `i` holds, -1 where it is empty.
-        load: keys and values of block `i`; not called for a block that no query sees.
-        blocks: how many there are.
+        load: keys and values of the `size` slots from the given one on; not called for those that no query sees.
+        size: at most the number of slots. The last block reaches back to be as large, and counts no slot twice.
     Source: Milakov & Gimelshein 2018 (arXiv:1805.02867), Alg. 3.
     """
     if q.shape[1] > TILE:
-        return _tiles(lambda q, at: attend_blocks(q, look, load, blocks, at, mask), q, positions)
+        return _tiles(lambda q, at: attend_blocks(q, slots, load, size, at, mask), q, positions)
 
     def step(state: _State, i) -> tuple[_State, None]:
-        slots = look(i)
+        first = jnp.minimum(i * size, slots.shape[1] - size)
+        held = jax.lax.dynamic_slice_in_dim(slots, first, size, axis=1)
+        held = jnp.where(first + jnp.arange(size)[None] >= i * size, held, -1)
 
         def fold(state: _State) -> _State:
             out, peak, total = state
-            new_out, new_peak, new_total = _piece(q, *load(i), positions, slots, mask)
+            new_out, new_peak, new_total = _piece(q, *load(first), positions, held, mask)
             top = jnp.maximum(peak, new_peak)
             base = jnp.where(jnp.isfinite(top), top, 0.0)
             old, new = jnp.exp(peak - base), jnp.exp(new_peak - base)
             return out * old + new_out * new, top, total * old + new_total * new
 
-        return jax.lax.cond(visible(positions, slots, mask).any(), fold, lambda state: state, state), None
+        return jax.lax.cond(visible(positions, held, mask).any(), fold, lambda state: state, state), None
 
     batch, width, heads, dim = q.shape
     empty: _State = (
@@ -140,7 +134,7 @@ def attend_blocks(
         jnp.full((batch, heads, width, 1), -jnp.inf),
         jnp.zeros((batch, heads, width, 1)),
     )  # a scan with a `cond`, not a loop of dynamic length, so that it can be differentiated
-    return _finish(jax.lax.scan(step, empty, jnp.arange(blocks))[0], q.dtype)
+    return _finish(jax.lax.scan(step, empty, jnp.arange(-(-slots.shape[1] // size)))[0], q.dtype)
 
 
 def merge(left: Partial, right: Partial) -> Partial:

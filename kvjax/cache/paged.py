@@ -46,24 +46,16 @@ class PagedLayer:
 
     def look(self, q, positions, mask: Mask):
         assert self.table is not None and self.filled is not None, "an open layer"
-        table, filled = self.table, self.filled[:, None]
-        page, columns = self.k.shape[1], table.shape[1]
-        taken = min(max(BLOCK // page, 1), columns)
-        starts = jnp.minimum(jnp.arange(-(-columns // taken)) * taken, columns - taken)
-        slots = jnp.arange(taken * page)[None]
+        table, page = self.table, self.k.shape[1]
+        taken = min(max(BLOCK // page, 1), table.shape[1])
+        slots = jnp.arange(table.shape[1] * page)[None]
 
-        def cut(i):
-            return jax.lax.dynamic_slice_in_dim(table, starts[i], taken, axis=1)
+        def load(first):
+            cut = jax.lax.dynamic_slice_in_dim(table, first // page, taken, axis=1)
+            return tuple(self._gathered(pool, cut) for pool in (self.k, self.v))
 
-        def held(i):
-            position = starts[i] * page + slots
-            fresh = (position < filled) & (position >= i * taken * page)
-            return jnp.where(fresh, position, -1)
-
-        def load(i):
-            return tuple(self._gathered(pool, cut(i)) for pool in (self.k, self.v))
-
-        return attend_blocks(q, held, load, starts.shape[0], positions, mask)
+        held = jnp.where(slots < self.filled[:, None], slots, -1)
+        return attend_blocks(q, held, load, taken * page, positions, mask)
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """Slots are those of a row's own pages, in its order; no page is needed to say what they hold."""

@@ -150,31 +150,22 @@ class QuantizedLayer:
     def _attend_packed(self, q, positions, packed: Int[Array, "batch"], mask: Mask):
         """Attend to the first `packed` tokens after the sinks: in one go for few queries, or a block at a time."""
         group, groups = self.k_codec.group, self.k_codes.shape[3]
-        turned = self.k_codec.turn(q.astype(jnp.float32))
-
-        def tokens(first: Int[Array, ""] | int, size: int, begin: Int[Array, ""] | int):
-            nth = first * group + jnp.arange(size * group)[None]
-            return jnp.where((nth >= begin * group) & (nth < packed[:, None]), self.sinks + nth, -1)
-
+        turned, nth = self.k_codec.turn(q.astype(jnp.float32)), jnp.arange(groups * group)[None]
+        slots = jnp.where(nth < packed[:, None], self.sinks + nth, -1)
         if q.shape[1] <= FEW:
             k, v = (self.k_codec, self.k_codes, self.k_scales), (self.v_codec, self.v_codes, self.v_scales)
-            out, lse = attend_folded(k, v, turned, positions, tokens(0, groups, 0), mask)
+            out, lse = attend_folded(k, v, turned, positions, slots, mask)
             return self.v_codec.turn_back(out), lse
         size = max(1, min(BLOCK // group, groups))
 
-        def first(i: Int[Array, ""]):
-            return jnp.minimum(i * size, groups - size)  # the last block reaches back, and counts no token twice
-
-        def load(i: Int[Array, ""]):
+        def load(first: Int[Array, ""]):
             def cut(x, axis: int):
-                return jax.lax.dynamic_slice_in_dim(x, first(i), size, axis=axis)
+                return jax.lax.dynamic_slice_in_dim(x, first // group, size, axis=axis)
 
             keys = self.k_codec.decode(cut(self.k_codes, 3), cut(self.k_scales, 2))
             return keys, self.v_codec.decode(cut(self.v_codes, 2), cut(self.v_scales, 2))
 
-        out, lse = attend_blocks(
-            turned, lambda i: tokens(first(i), size, i * size), load, -(-groups // size), positions, mask
-        )
+        out, lse = attend_blocks(turned, slots, load, size * group, positions, mask)
         return self.v_codec.turn_back(out), lse
 
 

@@ -177,26 +177,20 @@ class CodedLayer:
 
     def _look(self, q, positions, mask: Mask):
         """Full slots and coded ones, a block of these at a time."""
-        body, (size, blocks) = self.positions[:, self.front :], self._blocks
+        body = self.positions[:, self.front :]
+        size = min(BLOCK, body.shape[1])
         turned = q.astype(jnp.float32) @ rotation(q.shape[-1])
 
-        def first(i):
-            return jnp.minimum(i * size, body.shape[1] - size)  # the last block reaches back, and counts no slot twice
+        def load(first):
+            return self.k_codes.cut(first, size), self.v_codes.cut(first, size)
 
-        def look(i):
-            held = jax.lax.dynamic_slice_in_dim(body, first(i), size, axis=1)
-            return jnp.where(first(i) + jnp.arange(size)[None] >= i * size, held, -1)
-
-        def load(i):
-            return self.k_codes.cut(first(i), size), self.v_codes.cut(first(i), size)
-
-        out, lse = attend_blocks(turned, look, load, blocks, positions, mask)
+        out, lse = attend_blocks(turned, body, load, size, positions, mask)
         out = (out @ rotation(q.shape[-1]).T).astype(q.dtype)
         return merge(attend(q, self.k, self.v, positions, self.positions[:, : self.front], mask), (out, lse))
 
     def _received(self, score: Attention, q, positions, lse, weight, mask: Mask) -> Float[Array, "rows slots"]:
         front, body = self.positions[:, : self.front], self.positions[:, self.front :]
-        turned, (size, blocks) = q.astype(jnp.float32) @ rotation(q.shape[-1]), self._blocks
+        turned, size = q.astype(jnp.float32) @ rotation(q.shape[-1]), min(BLOCK, body.shape[1])
 
         def step(i, more):
             first = jnp.minimum(i * size, body.shape[1] - size)
@@ -205,15 +199,9 @@ class CodedLayer:
             part = score.received(turned, k, v, positions, held, lse, weight, mask)
             return jax.lax.dynamic_update_slice_in_dim(more, part, first, axis=1)
 
-        coded = jax.lax.fori_loop(0, blocks, step, jnp.zeros(body.shape, jnp.float32))
+        coded = jax.lax.fori_loop(0, -(-body.shape[1] // size), step, jnp.zeros(body.shape, jnp.float32))
         full = score.received(q, self.k, self.v, positions, front, lse, weight, mask)
         return jnp.concatenate([full, coded], axis=1)
-
-    @property
-    def _blocks(self) -> tuple[int, int]:
-        """Slots a block, and how many blocks."""
-        body = self.k_codes.scales.shape[1]
-        return min(BLOCK, body), -(-body // BLOCK)
 
     def _newest(self, last: Int[Array, "rows 1"]) -> Int[Array, "rows front"]:
         """The position that belongs into each full slot once `last` is the newest, negative where none does."""
