@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.products import scores
-from kernels.reference import TILE, Mask, visible
+from kernels.reference import TILE, Mask, logits, visible
 
 
 def received(
@@ -34,13 +34,11 @@ def received(
 
     def tile(q, positions, lse, weight):
         folded = q.swapaxes(1, 2).reshape(rows, -1, dim)
-        logits = (scores(folded, k) * mask.scale).reshape(rows, heads, -1, k.shape[1])
-        if mask.softcap is not None:
-            logits = mask.softcap * jnp.tanh(logits / mask.softcap)
+        each = logits(scores(folded, k).reshape(rows, heads, -1, k.shape[1]), mask)
         counted = visible(positions, slots, mask) & (weight != 0)[..., None]
         counted &= positions[..., None] - slots[:, None] >= near
         base = jnp.where(jnp.isfinite(lse), lse, 0.0).swapaxes(1, 2)[..., None]
-        chance = jnp.exp(jnp.where(counted[:, None], logits - base, -jnp.inf))
+        chance = jnp.exp(jnp.where(counted[:, None], each - base, -jnp.inf))
         chance *= weight[:, None, :, None]
         return chance.max((1, 2)) if peak else chance.sum((1, 2))
 

@@ -86,7 +86,7 @@ def attend(
         tile = _bounded if bounded else attend
         return _tiles(lambda q, at: tile(q, k, v, at, slots, mask), q, positions)
     if width * k.shape[1] <= FEW:
-        return _finish(_piece(q, k, v, positions, slots, mask), q.dtype)
+        return finish(_piece(q, k, v, positions, slots, mask), q.dtype)
     size = min(BLOCK, k.shape[1])
 
     def load(first):
@@ -134,7 +134,7 @@ def attend_blocks(
         jnp.full((batch, heads, width, 1), -jnp.inf),
         jnp.zeros((batch, heads, width, 1)),
     )  # a scan with a `cond`, not a loop of dynamic length, so that it can be differentiated
-    return _finish(jax.lax.scan(step, empty, jnp.arange(-(-slots.shape[1] // size)))[0], q.dtype)
+    return finish(jax.lax.scan(step, empty, jnp.arange(-(-slots.shape[1] // size)))[0], q.dtype)
 
 
 def merge(left: Partial, right: Partial) -> Partial:
@@ -163,18 +163,39 @@ def _piece(q, k, v, positions, slots, mask: Mask) -> _State:
     batch, width, heads, dim = q.shape
     kv_heads = k.shape[0] // batch
     folded = q.reshape(batch, width, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4).reshape(k.shape[0], -1, dim)
-    logits = (scores(folded, k) * mask.scale).reshape(batch, heads, width, -1)
-    if mask.softcap is not None:
-        logits = mask.softcap * jnp.tanh(logits / mask.softcap)
-    logits = jnp.where(visible(positions, slots, mask)[:, None], logits, -jnp.inf)
-    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    total = weights.sum(-1, keepdims=True)
+    weights, peak, total = weigh(scores(folded, k).reshape(batch, heads, width, -1), positions, slots, mask)
     out = mix(weights.reshape(*folded.shape[:2], -1).astype(v.dtype), v)
     return out.reshape(batch, heads, width, dim), peak, total
 
 
-def _finish(state: _State, dtype) -> Partial:
+def logits(products: Float[Array, "*shape"], mask: Mask) -> Float[Array, "*shape"]:
+    """Products of queries and keys, scaled and capped."""
+    scaled = products * mask.scale
+    return scaled if mask.softcap is None else mask.softcap * jnp.tanh(scaled / mask.softcap)
+
+
+def weigh(
+    products: Float[Array, "batch heads width slots"],
+    positions: Int[Array, "batch width"],
+    slots: Int[Array, "batch slots"],
+    mask: Mask,
+) -> tuple[
+    Float[Array, "batch heads width slots"], Float[Array, "batch heads width 1"], Float[Array, "batch heads width 1"]
+]:
+    """Softmax over the slots that are seen, before its division: weights, the largest logit, the weights' sum."""
+    seen = jnp.where(visible(positions, slots, mask)[:, None], logits(products, mask), -jnp.inf)
+    peak = jax.lax.stop_gradient(seen.max(-1, keepdims=True))
+    weights = jnp.exp(seen - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    return weights, peak, weights.sum(-1, keepdims=True)
+
+
+def finish(state: _State, dtype) -> Partial:
+    """Divide the weighted values by the sum of their weights.
+
+    Args:
+        state: weighted values `[batch, heads, width, head_dim]`, and `weigh`'s peak and total.
+        dtype: of `out`.
+    """
     out, peak, total = state
     out = out / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]

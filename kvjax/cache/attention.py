@@ -5,18 +5,19 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from kernels.received import received
-from kernels.reference import Mask, attend, attend_blocks, merge, visible
+from kernels.reference import Mask, attend, attend_blocks, finish, merge, weigh
 
 __all__ = [
     "Mask",
     "attend",
     "attend_blocks",
     "by_head",
+    "finish",
     "merge",
     "queries_by_head",
     "queries_together",
     "received",
-    "visible",
+    "weigh",
 ]
 
 

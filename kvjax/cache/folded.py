@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from kvjax.cache.attention import Mask, visible
+from kvjax.cache.attention import Mask, finish, weigh
 from kvjax.cache.packing import unpack
 from kvjax.cache.quantize import Codec
 
@@ -95,16 +95,8 @@ def attend_folded(
     batch, width, heads, dim = q.shape
     rows, group = k[1].shape[0], k[0].group
     folded = q.astype(jnp.float32).reshape(batch, width, rows // batch, -1, dim).transpose(0, 2, 3, 1, 4)
-    logits = scores(*k, folded.reshape(rows, -1, dim)) * mask.scale
-    if mask.softcap is not None:
-        logits = mask.softcap * jnp.tanh(logits / mask.softcap)
-    logits = logits.reshape(batch, heads, width, -1)
+    products = scores(*k, folded.reshape(rows, -1, dim)).reshape(batch, heads, width, -1)
     slots = slots.reshape(batch, -1, group).swapaxes(1, 2).reshape(batch, -1)
-    logits = jnp.where(visible(positions, slots, mask)[:, None], logits, -jnp.inf)
-    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    total = weights.sum(-1, keepdims=True)
-    some = jnp.where(total > 0, total, 1.0)
+    weights, peak, total = weigh(products, positions, slots, mask)
     out = mix(*v, weights.reshape(rows, -1, group, slots.shape[1] // group))
-    lse = jnp.where(total > 0, peak + jnp.log(some), -jnp.inf)[..., 0]
-    return (out.reshape(batch, heads, width, dim) / some).swapaxes(1, 2), lse.swapaxes(1, 2)
+    return finish((out.reshape(batch, heads, width, dim), peak, total), jnp.float32)
