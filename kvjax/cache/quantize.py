@@ -75,7 +75,7 @@ class Codec:
         """Codes, and scales with the offsets after them. Gradients stop here."""
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
         if self.form == "rotated":
-            codes, scale = _normal(x @ rotation(self.head_dim), self.bits)
+            codes, scale = normal_codes(x @ rotation(self.head_dim), self.bits)
             scales = scale[..., 0]
         else:
             axis = -2 if self.form == "channel" else -1
@@ -109,7 +109,7 @@ class Codec:
     ) -> tuple[Float[Array, "rows shared groups"], Float[Array, "rows shared groups"] | None]:
         """Scales and offsets in float32, each shared among channels or tokens; no offsets, but None, for `rotated`."""
         if self.form == "rotated":
-            return _scale(scales), None
+            return byte_scale(scales), None
         scale, offset = jnp.split(scales.astype(jnp.float32), 2, axis=1)
         return scale, offset
 
@@ -131,14 +131,14 @@ def _affine(x: Tokens, bits: int, axis: int, dtype: str):
     return codes.astype(jnp.uint8), scale, offset
 
 
-def _normal(x: Tokens, bits: int):
+def normal_codes(x: Tokens, bits: int):
     """Nearest codes of the normal codebook, and each token's one-byte scale, fitted to them by least squares."""
     scale = jnp.sqrt(jnp.square(x).mean(-1, keepdims=True)) * CURVES[bits][0]
     for _ in range(FITS):
         y = level(_nearest(x, scale, bits) - (2**bits - 1) / 2, bits)
         scale = (x * y).sum(-1, keepdims=True) / jnp.square(y).sum(-1, keepdims=True)
     byte = _byte(scale)
-    return _nearest(x, _scale(byte), bits).astype(jnp.uint8), byte
+    return _nearest(x, byte_scale(byte), bits).astype(jnp.uint8), byte
 
 
 def level(t: Float[Array, "*shape"], bits: int) -> Float[Array, "*shape"]:
@@ -166,7 +166,7 @@ def _byte(scale: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     return jnp.where(scale > 0, jnp.clip(bits - (111 << 3), 1, 255), 0).astype(jnp.uint8)
 
 
-def _scale(byte: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+def byte_scale(byte: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """What `_byte` stands for: three integer instructions, where a power would cost more than all the rest."""
     bits = (byte.astype(jnp.int32) << 20) + (111 << 23)
     return jnp.where(byte > 0, jax.lax.bitcast_convert_type(bits, jnp.float32), 0.0)

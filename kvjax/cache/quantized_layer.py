@@ -98,11 +98,7 @@ class QuantizedLayer:
 
     def fork(self, rows: Int[Array, "new_batch"]) -> QuantizedLayer:
         batch = self.packed.shape[0]
-
-        def take(x):
-            return jnp.take(x, rows, axis=0, mode="clip") if x.ndim == 1 else take_rows(x, rows, batch)
-
-        return jax.tree.map(take, self)
+        return jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), self)
 
     def _slot(self, index: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
         return jnp.where(index < self.sinks, index, self.sinks + (index - self.sinks) % self.window)

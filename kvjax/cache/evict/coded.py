@@ -8,19 +8,17 @@ a slot after the other, so that one is overwritten in place; keys and values are
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from kvjax.cache.attention import Mask, attend, attend_blocks, by_head, merge, queries_by_head, queries_together
-from kvjax.cache.evict.layer import EvictingLayer, Knobs, blend, placed, ranked, vacant
-from kvjax.cache.evict.score import Score
+from kvjax.cache.attention import Mask, attend, attend_blocks, merge
+from kvjax.cache.evict.layer import ByHead, EvictingLayer, blend, placed, ranked, vacant
 from kvjax.cache.evict.scores import Attention
 from kvjax.cache.packing import pack, unpack
-from kvjax.cache.quantize import _normal, _scale, level, rotation
-from kvjax.cache.slots import take_rows, write
+from kvjax.cache.quantize import byte_scale, level, normal_codes, rotation
+from kvjax.cache.slots import write
 from kvjax.pytree import pytree, static
 
 BLOCK = 256
@@ -47,38 +45,27 @@ class Codes:
         codes, scales = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (self.codes, self.scales))
         split = unpack(codes.reshape(-1, codes.shape[2]), self.bits).reshape(*codes.shape[:2], -1)
         centred = split.astype(jnp.float32) - (2**self.bits - 1) / 2
-        return level(centred, self.bits) * _scale(scales)[..., None]
+        return level(centred, self.bits) * byte_scale(scales)[..., None]
 
 
 def encoded(x: Float[Array, "rows slots head_dim"], bits: int) -> Codes:
     """Tokens in codes. Gradients stop here."""
     wide = jax.lax.stop_gradient(x).astype(jnp.float32)
-    codes, scales = _normal((wide @ rotation(x.shape[-1]))[:, :, None], bits)
+    codes, scales = normal_codes((wide @ rotation(x.shape[-1]))[:, :, None], bits)
     packed = pack(codes.reshape(-1, x.shape[-1]), bits)
     return Codes(packed.reshape(*x.shape[:2], -1), scales[..., 0, 0], bits)
 
 
 @pytree
-class CodedLayer:
+class CodedLayer(ByHead):
     """The first slots are in full, in `k` and `v`: sinks, then a ring of the newest; those after them are in codes.
 
     `positions` and `worth` are of all slots.
     """
 
-    k: Float[Array, "rows front head_dim"]
-    v: Float[Array, "rows front head_dim"]
     k_codes: Codes
     v_codes: Codes
-    positions: Int[Array, "rows slots"]
-    worth: Float[Array, "rows slots"]
-    state: Any
-    knobs: Knobs
-    score: Score = static()
     sinks: int = static()
-
-    @property
-    def limit(self) -> None:
-        return None
 
     @property
     def front(self) -> int:
@@ -87,30 +74,6 @@ class CodedLayer:
     @property
     def recent(self) -> int:
         return self.front - self.sinks
-
-    def attend(self, q, k, v, positions, valid, mask: Mask):
-        heads = k.shape[2]
-        q, k, v = queries_by_head(q, heads), by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
-        positions, valid = jnp.repeat(positions, heads, axis=0), jnp.repeat(valid, heads, axis=0)
-        layer = replace(self, state=self.score.observe(self.state, q, k, positions, valid))
-        take = layer._take_one if q.shape[1] == 1 else layer._take_chunk
-        out, lse, layer = take(q, k, v, positions, valid, mask)
-        return queries_together(out, heads), queries_together(lse, heads), layer
-
-    def look(self, q, positions, mask: Mask):
-        heads = self.knobs.budget.shape[0]
-        found = self._look(queries_by_head(q, heads), jnp.repeat(positions, heads, axis=0), mask)
-        return tuple(queries_together(part, heads) for part in found)
-
-    def held(self, length: Int[Array, "batch"]) -> Int[Array, "rows slots"]:
-        length = jnp.repeat(length, self.knobs.budget.shape[0])[:, None]
-        return jnp.where(self.positions < length, self.positions, -1)
-
-    def fork(self, rows: Int[Array, "new_batch"]) -> CodedLayer:
-        batch = self.k.shape[0] // self.knobs.budget.shape[0]
-        kept = replace(self, knobs=None)
-        forked = jax.tree.map(lambda x: take_rows(x[:, None], rows, batch)[:, 0], kept)
-        return replace(forked, knobs=jax.tree.map(jnp.copy, self.knobs))
 
     def _take_one(self, q, k, v, positions, valid, mask: Mask):
         """The new token takes a slot of the ring; what was there takes the coded slot worth least, if worth more."""
@@ -134,12 +97,7 @@ class CodedLayer:
             positions=write(write(self.positions, held, self.front + to, coded), positions, slot, valid),
             worth=write(write(self.worth, worth, self.front + to, coded), rate, slot, valid),
         )
-        out, lse = layer._look(q, positions, mask)
-        if isinstance(self.score, Attention):
-            more = layer._received(self.score, q, positions, lse, self.score.weights(valid), mask)
-            worth = self.score.joined(layer.worth * self.score.kept(valid.sum(1))[:, None], more)
-            layer = replace(layer, worth=worth)
-        return out, lse, layer
+        return layer._seen(q, positions, valid, mask)
 
     def _take_chunk(self, q, k, v, positions, valid, mask: Mask):
         """As in full, by what one layer's codes decode to; tokens that stay keep their codes."""

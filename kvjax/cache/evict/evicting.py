@@ -107,13 +107,13 @@ class Evicting(Strategy):
         return CodedLayer(
             spec.zeros(front),
             spec.zeros(front),
-            k_codes,
-            v_codes,
             jnp.full((rows, slots), -1, jnp.int32),
             jnp.zeros((rows, slots), jnp.float32),
             score.begin(spec),
             knobs,
             score,
+            k_codes,
+            v_codes,
             self.sinks,
         )
 

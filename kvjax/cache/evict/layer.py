@@ -6,6 +6,7 @@ Sources: Zhang et al. 2023, "H2O" (arXiv:2306.14048), for a budget kept while de
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -40,17 +41,35 @@ class Knobs:
 
 
 @pytree
-class EvictingLayer:
-    """Slots in no order; `positions` says what each head's slot holds, -1 where it is empty."""
+class ByHead(ABC):
+    """What evicting layers have in common: a row a K/V head, each with its own choice of tokens.
 
-    k: Float[Array, "rows slots head_dim"]
-    v: Float[Array, "rows slots head_dim"]
+    Slots are in no order; `positions` says what each head's slot holds, -1 where it is empty.
+    """
+
+    k: Float[Array, "rows full head_dim"]
+    v: Float[Array, "rows full head_dim"]
     positions: Int[Array, "rows slots"]
     worth: Float[Array, "rows slots"]
     state: Any
     knobs: Knobs
     score: Score = static()
-    soft: bool = static()
+
+    @abstractmethod
+    def _take_one(self, q, k, v, positions, valid, mask: Mask) -> Any:
+        """`attend` to one token a row, by head."""
+
+    @abstractmethod
+    def _take_chunk(self, q, k, v, positions, valid, mask: Mask) -> Any:
+        """`attend` to more, by head."""
+
+    @abstractmethod
+    def _look(self, q, positions, mask: Mask) -> Any:
+        """`look`, by head."""
+
+    @abstractmethod
+    def _received(self, score: Attention, q, positions, lse, weight, mask: Mask) -> Float[Array, "rows slots"]:
+        """The worth that these queries' attention gives each slot."""
 
     @property
     def limit(self) -> None:
@@ -60,8 +79,7 @@ class EvictingLayer:
         heads = k.shape[2]
         q, k, v = queries_by_head(q, heads), by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
         positions, valid = jnp.repeat(positions, heads, axis=0), jnp.repeat(valid, heads, axis=0)
-        state = self.score.observe(self.state, q, k, positions, valid)
-        layer = replace(self, state=state)
+        layer = replace(self, state=self.score.observe(self.state, q, k, positions, valid))
         take = layer._take_one if q.shape[1] == 1 else layer._take_chunk
         out, lse, layer = take(q, k, v, positions, valid, mask)
         return queries_together(out, heads), queries_together(lse, heads), layer
@@ -75,10 +93,26 @@ class EvictingLayer:
         length = jnp.repeat(length, self.knobs.budget.shape[0])[:, None]
         return jnp.where(self.positions < length, self.positions, -1)
 
-    def fork(self, rows: Int[Array, "new_batch"]) -> EvictingLayer:
+    def fork(self, rows: Int[Array, "new_batch"]) -> ByHead:
         batch = self.k.shape[0] // self.knobs.budget.shape[0]
-        forked = jax.tree.map(lambda x: take_rows(x[:, None], rows, batch)[:, 0], replace(self, knobs=None))
+        forked = jax.tree.map(lambda x: take_rows(x, rows, batch), replace(self, knobs=None))
         return replace(forked, knobs=jax.tree.map(jnp.copy, self.knobs))  # or one fork's donation would end the other
+
+    def _seen(self, q, positions, valid, mask: Mask):
+        """Attention to the slots, and the layer whose slots are worth what that makes them."""
+        out, lse = self._look(q, positions, mask)
+        if not isinstance(self.score, Attention):
+            return out, lse, self
+        more = self._received(self.score, q, positions, lse, self.score.weights(valid), mask)
+        worth = self.score.joined(self.worth * self.score.kept(valid.sum(1))[:, None], more)
+        return out, lse, replace(self, worth=worth)
+
+
+@pytree
+class EvictingLayer(ByHead):
+    """Every slot is held in full, in `k` and `v`."""
+
+    soft: bool = static()
 
     def _take_one(self, q, k, v, positions, valid, mask: Mask):
         """Overwrite the slot worth least, then attend."""
@@ -92,12 +126,7 @@ class EvictingLayer:
             positions=write(self.positions, positions, slot, valid),
             worth=write(self.worth, worth, slot, valid),
         )
-        out, lse = layer._look(q, positions, mask)
-        if isinstance(self.score, Attention):
-            more = layer._received(self.score, q, positions, lse, self.score.weights(valid), mask)
-            worth = self.score.joined(layer.worth * self.score.kept(valid.sum(1))[:, None], more)
-            layer = replace(layer, worth=worth)
-        return out, lse, layer
+        return layer._seen(q, positions, valid, mask)
 
     def _take_chunk(self, q, k, v, positions, valid, mask: Mask):
         """Attend to all that is held and all that is new, then keep the best of both."""

@@ -1,4 +1,4 @@
-"""The scores that an evicting cache compares, by name; `kvjax/cache/score.py` says what a score is."""
+"""The scores that an evicting cache compares, by name; `kvjax/cache/evict/score.py` says what a score is."""
 
 from __future__ import annotations
 
