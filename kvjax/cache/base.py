@@ -82,6 +82,13 @@ class LayerSpec:
         return jnp.zeros((self.batch * self.kv_heads, slots, self.head_dim), self.dtype)
 
 
+def layer_spec(config: ModelConfig, index: int, batch: int, capacity: int, dtype: str) -> LayerSpec:
+    """What a cache of `batch` rows and `capacity` tokens needs for the model's layer `index`."""
+    c = config
+    group, window = c.heads // c.kv_heads, c.windows[index]
+    return LayerSpec(batch, capacity, c.kv_heads, c.head_dim, window, dtype, group, index, c.layers, c.rope)
+
+
 @pytree
 class Cache:
     """Keys and values of a batch of sequences, as a pytree that goes through jitted functions.
@@ -168,11 +175,7 @@ class Strategy:
                 f"{type(self).__name__}.init: `capacity` must be at most the model's {c.max_positions} "
                 f"learned positions, got {capacity}"
             )
-        sizes = (batch, capacity, c.kv_heads, c.head_dim)
-        specs = [
-            LayerSpec(*sizes, window, model.precision.cache, c.heads // c.kv_heads, index, c.layers, c.rope)
-            for index, window in enumerate(c.windows)
-        ]
+        specs = (layer_spec(c, index, batch, capacity, model.precision.cache) for index in range(c.layers))
         layers = tuple(self.layer(spec) for spec in specs)
         return Cache(layers, jnp.zeros(batch, jnp.int32), c, self)
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import Mask
-from kvjax.cache.base import Cache, LayerSpec, Strategy, nbytes
+from kvjax.cache.base import Cache, Strategy, layer_spec, nbytes
 from kvjax.cache.dense import DenseLayer
 from kvjax.cache.quantized_layer import QuantizedLayer
 from kvjax.cache.ring import RingLayer
@@ -52,15 +52,12 @@ def compress(cache: Cache, strategy: Strategy, *, capacity: int | None = None) -
 
 def _empty(cache: Cache, strategy: Strategy, capacity: int | None) -> list[Callable[[], Any]]:
     """What makes each new layer, once it is sure that it can be filled."""
-    c, most = cache.config, capacity or cache.capacity or cache.config.max_positions
+    most = capacity or cache.capacity or cache.config.max_positions
     if cache.shared is not None or not all(isinstance(x, _PLAIN) or hasattr(x, "tokens") for x in cache.layers):
         raise ValueError(f"compress: `cache` is kept as {cache.strategy}, whose layers do not tell their tokens")
     makers = []
     for i, old in enumerate(cache.layers):
-        spec = LayerSpec(
-            cache.batch, most, c.kv_heads, c.head_dim, c.windows[i], old.k.dtype.name, c.heads // c.kv_heads, i,
-            c.layers, c.rope,
-        )  # fmt: skip
+        spec = layer_spec(cache.config, i, cache.batch, most, old.k.dtype.name)
         new = jax.eval_shape(partial(strategy.layer, spec))
         if not isinstance(new, _PLAIN) and not hasattr(new, "take"):
             raise ValueError(f"compress: `strategy` is {strategy}, whose layers do not take tokens in")
