@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from statistics import median
 
 from experiments.peers.client import Client, installed
 from experiments.peers.convert import converted
 from experiments.peers.work import Options, Timing, Work, shape
 from experiments.registry import Progress, Row
+from experiments.text import help_pages
 
 OURS = "kvjax"
 
@@ -133,8 +133,7 @@ def make_works(config: Config, ours: Client) -> list[Work]:
     """Prompts of real text, the same ids for every engine; rows of a batch differ."""
     shapes = {name: shape(name) for name in config.works}
     most = max((batch * context for batch, context, _ in shapes.values()), default=0)
-    text = "\n".join(topics[name] for name in sorted(topics))
-    ids = ours.tokens(text[: 12 * most + 1000])
+    ids = ours.tokens(help_pages()[: 12 * most + 1000])
     works = []
     for name, (batch, context, decodes) in shapes.items():
         prompts = [ids[row * context : (row + 1) * context] for row in range(batch)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pydoc_data.topics import topics
 from statistics import median
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 import kvjax
 from experiments.registry import Progress, Row
+from experiments.text import help_pages
 from kvjax.cache import Cache, Dense
 from kvjax.terminal.session import parse_strategy
 
@@ -113,6 +113,5 @@ def _turn(model, params: Any, cache: Cache, tokens: np.ndarray) -> tuple[list[fl
 
 def _prompts(tokenizer, batch: int, context: int) -> np.ndarray:
     """Rows of real text, each its own."""
-    text = "\n".join(topics[name] for name in sorted(topics))
-    ids = np.asarray(tokenizer.encode(text[: 12 * batch * context + 1000]), np.int32)
+    ids = np.asarray(tokenizer.encode(help_pages()[: 12 * batch * context + 1000]), np.int32)
     return np.resize(ids, (batch, context))

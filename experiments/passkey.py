@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pydoc_data.topics import topics
 
 import numpy as np
+
+from experiments.text import help_pages
 
 HEAD = "There is an important pass key hidden in the text below. Find it and memorize it.\n\n"
 QUESTION = "\n\nWhat is the pass key?"
@@ -30,8 +31,7 @@ class PassKey:
 
 def text(tokenizer) -> list[int]:
     """Python's own help pages as prose, without their markup: ordinary text that every machine has."""
-    whole = "\n".join(topics[name] for name in sorted(topics))
-    return tokenizer.encode(re.sub(r"[ \t]+", " ", re.sub(r"\*\*.*?\*\*|[*`\"=+|^-]{2,}", " ", whole)))
+    return tokenizer.encode(re.sub(r"[ \t]+", " ", re.sub(r"\*\*.*?\*\*|[*`\"=+|^-]{2,}", " ", help_pages())))
 
 
 def pass_key(tokenizer, filler: Sequence[int], length: int, depth: float, seed: int) -> PassKey:
