@@ -24,6 +24,7 @@ def scores(
     codes: UInt8[Array, "rows bytes head_dim groups"],
     scales: Shaped[Array, "rows sharing groups"],
     q: Float[Array, "rows queries head_dim"],
+    centres: Shaped[Array, "rows head_dim spans"] | None = None,
 ) -> Float[Array, "rows queries group groups"]:
     """`q @ k.T` for the keys that `codec.decode` would give, as it would give their slots in groups."""
     scale, offset = codec.parameters(scales)
@@ -39,6 +40,9 @@ def scores(
     out = out.reshape(codec.group, *out.shape[3:]).transpose(1, 2, 0, 3)
     if not by_channel:
         out = out * scale[:, None]
+    if centres is not None:
+        shift = jnp.einsum("rqd,rds->rqs", q, centres.astype(jnp.float32))
+        out = out + jnp.repeat(shift, codec.span // codec.group, axis=2)[:, :, None, : out.shape[3]]
     if offset is None:
         return out
     if by_channel:
@@ -81,21 +85,22 @@ def mix(
 
 
 def attend_folded(
-    k: tuple[Codec, Array, Array],
+    k: tuple[Codec, Array, Array, Array | None],
     v: tuple[Codec, Array, Array],
     q: Float[Array, "batch width heads head_dim"],
     positions: Int[Array, "batch width"],
     slots: Int[Array, "batch slots"],
     mask: Mask,
 ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
-    """`attend` over packed keys and values, each a codec with its codes and scales; `q` as `k`'s codec turns it.
+    """`attend` over packed keys and values, each a codec with its codes and scales, and keys with their spans' centres.
 
-    `slots` are the positions of what `decode` would give, and -1 where nothing is held.
+    `q` is as `k`'s codec turns it. `slots` are the positions of what `decode` would give, and -1 where nothing is held.
     """
+    codec, codes, scales, centres = k
     batch, width, heads, dim = q.shape
-    rows, group = k[1].shape[0], k[0].group
+    rows, group = codes.shape[0], codec.group
     folded = q.astype(jnp.float32).reshape(batch, width, rows // batch, -1, dim).transpose(0, 2, 3, 1, 4)
-    products = scores(*k, folded.reshape(rows, -1, dim)).reshape(batch, heads, width, -1)
+    products = scores(codec, codes, scales, folded.reshape(rows, -1, dim), centres).reshape(batch, heads, width, -1)
     slots = slots.reshape(batch, -1, group).swapaxes(1, 2).reshape(batch, -1)
     weights, peak, total = weigh(products, positions, slots, mask)
     out = mix(*v, weights.reshape(rows, -1, group, slots.shape[1] // group))

@@ -4,6 +4,8 @@
 et al. 2024, arXiv:2402.02750, section 3.2: keys have outlier channels, values have not). `rotated` turns each token
 by a signed Hadamard matrix, which makes every coordinate nearly normal (QuaRot, Ashkboos et al. 2024,
 arXiv:2404.00456), so that one scale a token and the normal distribution's own codebook serve (Max 1960, Lloyd 1982).
+It may subtract a centre first, which a span of tokens shares: what keys have in common costs bits and says little,
+since it moves all logits of a query alike.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ error of the attention's output by a half, though it lowered that of the keys: t
 Tokens = Float[Array, "rows groups group head_dim"]
 Codes = UInt8[Array, "rows bytes major minor"]
 Scales = Shaped[Array, "rows sharing groups"]
+Centres = Shaped[Array, "rows head_dim groups"]
+"""Each group's, turned as `Codec.turn` turns queries."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,9 @@ class Codec:
         bits: of a code.
         group: tokens written together.
         head_dim: channels of a token.
-        dtype: of scales and offsets, where there are offsets.
+        dtype: of offsets, their scales, and centres.
         keys: whether it lays codes out for keys.
+        span: tokens that share a centre, a multiple of `group`; 0 for none. Only `rotated` has centres.
     """
 
     form: str
@@ -61,6 +66,7 @@ class Codec:
     head_dim: int
     dtype: str
     keys: bool = False
+    span: int = 0
 
     def empty(self, rows: int, groups: int) -> tuple[Codes, Scales]:
         """Buffers for `groups` in each of `rows`, that decode to zeros."""
@@ -71,11 +77,18 @@ class Codec:
         sharing = self.head_dim if self.form == "channel" else self.group
         return codes, jnp.zeros((rows, 2 * sharing, groups), self.dtype)
 
-    def encode(self, x: Tokens) -> tuple[Codes, Scales]:
+    def no_centres(self, rows: int, groups: int) -> Shaped[Array, "rows head_dim spans"] | None:
+        """A buffer for the centres of `groups` in each of `rows`; None if it has none."""
+        spans = -(-groups * self.group // self.span) if self.span else 0
+        return jnp.zeros((rows, self.head_dim, spans), self.dtype) if spans else None
+
+    def encode(self, x: Tokens, centres: Centres | None = None) -> tuple[Codes, Scales]:
         """Codes, and scales with the offsets after them. Gradients stop here."""
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
         if self.form == "rotated":
-            codes, scale = normal_codes(x @ rotation(self.head_dim), self.bits)
+            x = x @ rotation(self.head_dim)
+            x = x if centres is None else x - centres.swapaxes(1, 2)[:, :, None].astype(jnp.float32)
+            codes, scale = normal_codes(x, self.bits)
             scales = scale[..., 0]
         else:
             axis = -2 if self.form == "channel" else -1
@@ -84,7 +97,9 @@ class Codec:
         codes = codes.transpose((0, 2, 3, 1) if self.keys else (0, 2, 1, 3))
         return pack(codes, self.bits), scales.swapaxes(1, 2)
 
-    def decode(self, codes: Codes, scales: Scales) -> Float[Array, "rows slots head_dim"]:
+    def decode(
+        self, codes: Codes, scales: Scales, centres: Centres | None = None
+    ) -> Float[Array, "rows slots head_dim"]:
         """What was written, in float32, a group after the other; for `rotated` turned, as `turn` turns queries."""
         rows, _, *last = codes.shape
         x = self.level(unpack(codes, self.bits)).reshape(rows, self.group, *last)
@@ -93,6 +108,7 @@ class Codec:
         axis = 2 if self.form == "channel" else 3
         x = x * jnp.expand_dims(scale.swapaxes(1, 2), axis)
         x = x if offset is None else x + jnp.expand_dims(offset.swapaxes(1, 2), axis)
+        x = x if centres is None else x + centres.swapaxes(1, 2)[:, :, None].astype(jnp.float32)
         return x.reshape(rows, -1, self.head_dim)
 
     def one(self, codes: UInt8[Array, "rows bytes *rest"], slot: int) -> Float[Array, "rows *rest"]:

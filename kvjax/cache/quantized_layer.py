@@ -31,6 +31,9 @@ class QuantizedLayer:
 
     The ring is the other `residual + group` slots, taken by turns. A row's length may be set back by up to `residual`
     tokens, since none of those is packed yet.
+
+    A span's centre in `k_centres` is the mean of its first tokens, as many as are in full when its first group is
+    packed: the same ones, however a prompt is cut into chunks.
     """
 
     k_codes: UInt8[Array, "rows k_bytes head_dim groups"]
@@ -45,6 +48,7 @@ class QuantizedLayer:
     v_codec: Codec = static()
     residual: int = static()
     capacity: int = static()
+    k_centres: Shaped[Array, "rows head_dim spans"] | None = None
 
     @property
     def limit(self) -> int:
@@ -89,11 +93,11 @@ class QuantizedLayer:
     def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
         """Keys and values in the slots that `held` speaks of."""
 
-        def both(full, codec: Codec, codes, scales):
-            unpacked = codec.turn_back(codec.decode(codes, scales)).astype(full.dtype)
+        def both(full, codec: Codec, codes, scales, centres=None):
+            unpacked = codec.turn_back(codec.decode(codes, scales, centres)).astype(full.dtype)
             return jnp.concatenate([full, unpacked], axis=1)
 
-        k = both(self.k, self.k_codec, self.k_codes, self.k_scales)
+        k = both(self.k, self.k_codec, self.k_codes, self.k_scales, self._centres(0, self.k_codes.shape[3]))
         return k, both(self.v, self.v_codec, self.v_codes, self.v_scales)
 
     def fork(self, rows: Int[Array, "new_batch"]) -> QuantizedLayer:
@@ -129,11 +133,12 @@ class QuantizedLayer:
         nth = first[:, None] + jnp.arange(count)[None]
         keep = (nth >= done[:, None]) & (nth < due[:, None])
         held = self.k_codes, self.k_scales, self.v_codes, self.v_scales
+        layer = self._centre(pool, inside, done, due, count)
 
         def encode():
             index = self.sinks + first[:, None] * group + jnp.arange(count * group)[None]
             k, v = (x.reshape(x.shape[0], count, group, -1) for x in self._pick(pool, inside, index))
-            return *self.k_codec.encode(k), *self.v_codec.encode(v)
+            return *self.k_codec.encode(k, layer._centres(first, count)), *self.v_codec.encode(v)
 
         def nothing():
             return *self.k_codec.empty(held[0].shape[0], count), *self.v_codec.empty(held[0].shape[0], count)
@@ -141,7 +146,35 @@ class QuantizedLayer:
         fresh = jax.lax.cond(keep.any(), encode, nothing)
         axes = 3, 2, 2, 2
         written = [_write_groups(x, new, first, keep, axis) for x, new, axis in zip(held, fresh, axes, strict=True)]
-        return replace(self, **dict(zip(_PACKED, written, strict=True)), packed=due * group)
+        return replace(layer, **dict(zip(_PACKED, written, strict=True)), packed=due * group)
+
+    def _centre(self, pool, inside, done: Int[Array, "batch"], due: Int[Array, "batch"], count: int) -> QuantizedLayer:
+        """With the centres of spans whose first group is among those from `done` to `due`, at most `count`."""
+        if self.k_centres is None:
+            return self
+        codec, dtype, (rows, dim, spans) = self.k_codec, self.k_centres.dtype, self.k_centres.shape
+        each, reach = codec.span // codec.group, min(codec.span, self.window)
+        some = min((count + each - 2) // each + 1, spans)
+        first = jnp.minimum(done // each, spans - some)
+        begin = (first[:, None] + jnp.arange(some)[None]) * each
+        keep = (begin >= done[:, None]) & (begin < due[:, None])
+
+        def mean():
+            index = self.sinks + begin[..., None] * codec.group + jnp.arange(reach)[None, None]
+            k = self._pick(pool, inside, index.reshape(-1, some * reach))[0].astype(jnp.float32)
+            return codec.turn(k.reshape(rows, some, reach, dim).mean(2)).swapaxes(1, 2).astype(dtype)
+
+        fresh = jax.lax.cond(keep.any(), mean, lambda: jnp.zeros((rows, dim, some), dtype))
+        return replace(self, k_centres=_write_groups(self.k_centres, fresh, first, keep, 2))
+
+    def _centres(self, first: Int[Array, "batch"] | Int[Array, ""] | int, count: int):
+        """The centres of `count` groups from group `first` on, which a row of the batch may have for itself."""
+        if self.k_centres is None:
+            return None
+        each = self.k_codec.span // self.k_codec.group
+        nth = (jnp.asarray(first).reshape(-1, 1) + jnp.arange(count)[None]) // each
+        nth = jnp.repeat(nth, self.k.shape[0] // nth.shape[0], axis=0)
+        return jnp.take_along_axis(self.k_centres, nth[:, None], axis=2, mode="clip")
 
     def _attend_packed(self, q, positions, packed: Int[Array, "batch"], mask: Mask):
         """Attend to the first `packed` tokens after the sinks: in one go for few queries, or a block at a time."""
@@ -149,7 +182,8 @@ class QuantizedLayer:
         turned, nth = self.k_codec.turn(q.astype(jnp.float32)), jnp.arange(groups * group)[None]
         slots = jnp.where(nth < packed[:, None], self.sinks + nth, -1)
         if q.shape[1] <= FEW:
-            k, v = (self.k_codec, self.k_codes, self.k_scales), (self.v_codec, self.v_codes, self.v_scales)
+            k = self.k_codec, self.k_codes, self.k_scales, self.k_centres
+            v = self.v_codec, self.v_codes, self.v_scales
             out, lse = attend_folded(k, v, turned, positions, slots, mask)
             return self.v_codec.turn_back(out), lse
         size = max(1, min(BLOCK // group, groups))
@@ -158,7 +192,8 @@ class QuantizedLayer:
             def cut(x, axis: int):
                 return jax.lax.dynamic_slice_in_dim(x, first // group, size, axis=axis)
 
-            keys = self.k_codec.decode(cut(self.k_codes, 3), cut(self.k_scales, 2))
+            centres = self._centres(first // group, size)
+            keys = self.k_codec.decode(cut(self.k_codes, 3), cut(self.k_scales, 2), centres)
             return keys, self.v_codec.decode(cut(self.v_codes, 2), cut(self.v_scales, 2))
 
         out, lse = attend_blocks(turned, slots, load, size * group, positions, mask)

@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.allocation import SOLVERS, AllocationProblem
+from kvjax.cache.attention import Mask
 from kvjax.cache.base import Cache, nbytes
-from kvjax.cache.dense import Dense
+from kvjax.cache.dense import Dense, DenseLayer
 from kvjax.cache.packing import PLANES
-from kvjax.cache.quantize import Codec
 from kvjax.cache.quantized import Quantized, QuantizedLayer
 
 if TYPE_CHECKING:
@@ -95,24 +95,28 @@ def bit_problem(
         for bits in options
     }
     layers = {bits: [_coded(layer, capacity) for layer in cache.layers] for bits, cache in shapes.items()}
-    coded = (half - strategy.sinks - strategy.residual) // strategy.group * strategy.group
-    if coded < strategy.group:
+    if half < strategy.sinks + strategy.residual + strategy.group:
         raise ValueError(
             f"bit_problem: `sample` must be at least {2 * (strategy.sinks + strategy.residual + strategy.group)} "
             f"tokens wide, so that half of it fills a group, got {sample.shape[1]}"
         )
     full, reference = _start(model, params, sample[:, :half], sample[:, half:])
+    room = {
+        bits: replace(strategy, bits=bits, value_bits=bits, dtype=None).init(
+            model, batch=sample.shape[0], capacity=max(capacity, half)
+        )
+        for bits in options
+    }
     groups, cost, size = [], [], []
     total = model.config.layers * 2 * len(options)
     for index in range(model.config.layers):
+        coarse = {bits: _coarse(room[bits].layers[index], full.layers[index], half) for bits in options}
         for kind, name in (("k", "keys"), ("v", "values")):
             groups.append(f"layer {index} {name}")
             costs, sizes = [], []
             for bits in options:
                 layer = layers[bits][index]
-                codec = getattr(layer, f"{kind}_codec")
-                held = _coarse(codec, getattr(full.layers[index], kind), strategy.sinks, coded)
-                changed = replace(full.layers[index], **{kind: held})
+                changed = replace(full.layers[index], **{kind: coarse[bits][kind == "v"]})
                 cache = replace(full, layers=(*full.layers[:index], changed, *full.layers[index + 1 :]))
                 costs.append(float(_divergence(model, params, cache, sample[:, half:], reference)))
                 sizes.append(nbytes((getattr(layer, f"{kind}_codes"), getattr(layer, f"{kind}_scales"))))
@@ -144,13 +148,23 @@ def _start(model, params, context, rest) -> tuple[Cache, Float[Array, "batch res
     return cast(Cache, cache), logits
 
 
-@partial(jax.jit, static_argnames=("codec", "sinks", "coded"))
-def _coarse(codec: Codec, x: Float[Array, "rows slots head_dim"], sinks: int, coded: int):
-    """What is left of a buffer whose `coded` slots after the sinks were coded."""
-    rows, _, dim = x.shape
-    held = x[:, sinks : sinks + coded]
-    back = codec.turn_back(codec.decode(*codec.encode(held.reshape(rows, -1, codec.group, dim))))
-    return x.at[:, sinks : sinks + coded].set(back.reshape(held.shape).astype(x.dtype))
+@partial(jax.jit, static_argnames="count")
+def _coarse(empty: QuantizedLayer, full: DenseLayer, count: int) -> tuple[Array, Array]:
+    """The buffers of `full` with what is left of its first `count` tokens in a layer that coded them."""
+    batch, (_, slots, dim) = full.positions.shape[0], full.k.shape
+    k, v = (x[:, :count].reshape(batch, -1, count, dim).swapaxes(1, 2) for x in (full.k, full.v))
+    positions = full.positions[:, :count]
+    layer = empty.attend(jnp.zeros_like(k), k, v, positions, positions >= 0, Mask(1.0))[2]
+    held = layer.held(jnp.full(batch, count))
+    to = jnp.where(held < 0, slots, held)
+
+    def put(x: Float[Array, "rows slots dim"], new: Float[Array, "rows held dim"]) -> Float[Array, "rows slots dim"]:
+        rows = jax.vmap(lambda x, new, to: x.at[:, to].set(new, mode="drop"))
+        x, new = (y.reshape(batch, -1, *y.shape[1:]) for y in (x, new))
+        return rows(x, new, to).reshape(full.k.shape)
+
+    k, v = layer.tokens()
+    return put(full.k, k), put(full.v, v)
 
 
 @partial(jax.jit, static_argnames="model")

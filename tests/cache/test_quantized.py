@@ -25,9 +25,14 @@ KIVI = {"keys": "channel", "values": "token", "group": 64}
 
 def seen_by_the_oracle(x, codec: Codec, sinks: int, packed: int):
     """`[rows, slots, head_dim]` with `packed` tokens after the sinks as a group after the other makes them."""
+    full = x.copy()
     for first in range(sinks, sinks + packed, GROUP):
-        cut = slice(first, first + GROUP)
-        x[:, cut] = coded(codec, jnp.asarray(x[:, cut]))
+        cut, centre = slice(first, first + GROUP), 0.0
+        if codec.span:
+            start = first - (first - sinks) % codec.span
+            mean = jnp.asarray(full[:, start : start + min(codec.span, RESIDUAL + GROUP)]).mean(1, keepdims=True)
+            centre = codec.turn_back(codec.turn(mean).astype(codec.dtype).astype(jnp.float32))
+        x[:, cut] = coded(codec, jnp.asarray(x[:, cut] - centre)) + centre
     return x
 
 
@@ -54,8 +59,8 @@ def qkv_of(seed: int):
     ("settings", "mask"),
     [
         ({"bits": 8, "value_bits": 3, "sinks": 3, **KIVI}, Mask(0.3)),
-        ({"bits": 5, "value_bits": 6, "sinks": 0}, Mask(0.3, window=23, softcap=5.0)),
-        ({"bits": 2, "sinks": 1, "values": "channel"}, Mask(0.3, window=11, sinks=2)),
+        ({"bits": 5, "value_bits": 6, "sinks": 0, "span": 16}, Mask(0.3, window=23, softcap=5.0)),
+        ({"bits": 6, "value_bits": 2, "sinks": 1, "values": "channel", "span": 0}, Mask(0.3, window=11, sinks=2)),
     ],
     ids=["KIVI", "rotated", "values by channel"],
 )
@@ -147,6 +152,30 @@ def test_bytes_by_hand():
     assert kvjax.nbytes(cache) == 2 * 3 * (2 * (keys + values + 2 * full * 8 * 2) + 8) + 3 * 4
 
 
+def test_bytes_of_centres_by_hand():
+    """A byte for each token's scale, and 16 bits a channel for the centre of each 24 tokens."""
+    model, _ = tiny()
+    cache = Quantized(4, residual=9, sinks=2, span=24).shapes(model, batch=1, capacity=90)
+    assert cache.layers[0].k_centres.shape == (2, 8, 3)  # 9 groups of 8
+    bare = Quantized(4, residual=9, sinks=2, span=0).shapes(model, batch=1, capacity=90)
+    assert kvjax.nbytes(cache) - kvjax.nbytes(bare) == 2 * 2 * 8 * 3 * 2
+    assert Quantized(4, group=24).layer(replace(SPEC, capacity=200)).k_codec.span == 72
+
+
+def test_what_keys_share_costs_no_precision():
+    """A hundred times the spread of a key's channels in each of them: with a centre, as exact as without both."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, TOTAL, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+    at, errors = jnp.broadcast_to(jnp.arange(TOTAL), (2, TOTAL)), {}
+    for shift, span in ((0.0, 0), (100.0, 16), (100.0, 0)):
+        outs = []
+        for strategy in (Dense(), Quantized(5, 8, residual=RESIDUAL, sinks=0, span=span)):
+            layer = strategy.layer(SPEC)
+            taken = jax.jit(lambda layer, k: layer.attend(q, k, v, at, at >= 0, Mask(0.3))[2])(layer, k + shift)
+            outs.append(jax.jit(lambda layer: layer.look(q[:, -1:], at[:, -1:], Mask(0.3))[0])(taken))
+        errors[shift, span] = float(jnp.abs(outs[1] - outs[0]).max())
+    assert errors[100.0, 16] < 2 * errors[0.0, 0] < errors[100.0, 0] / 10
+
+
 def test_bits_may_differ_by_layer():
     model, _ = tiny()
     cache = Quantized((8, 2), (4, 3), group=8, residual=8).init(model, batch=1, capacity=64)
@@ -204,6 +233,9 @@ def test_gradients_reach_queries_through_codes():
         ({"group": 0}, "`group` must be a multiple of 8 tokens, got 0"),
         ({"residual": -1}, "`residual` must not be negative, got -1"),
         ({"sinks": -2}, "`sinks` must not be negative, got -2"),
+        ({"span": 20}, "`span` must be a multiple of `group`, 8, or 0, got 20"),
+        ({"span": -8}, "`span` must be a multiple of `group`, 8, or 0, got -8"),
+        ({"span": 64, "keys": "token"}, "`span` is for keys of the form 'rotated', and these are 'token'"),
         ({"keys": "row"}, "`keys` must be one of .*got 'row'"),
         ({"values": "row"}, "`values` must be one of .*got 'row'"),
         ({"dtype": "int8"}, "`dtype` must be a floating-point type, got 'int8'"),
