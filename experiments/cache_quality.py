@@ -119,7 +119,9 @@ def allocations(config: Config, model, params, filler: list[int], full: int, pro
     found: dict[str, Strategy] = {}
     for share in config.allocated:
         within = replace(problem, budget=problem.budget - most + int(share * full * capacity))
-        found[f"bits by layer within {share:.0%}"] = with_bits(base, problem, exact(within))
+        name, strategy = f"bits by layer within {share:.0%}", with_bits(base, problem, exact(within))
+        print(f"{name}: {strategy}", file=sys.stderr, flush=True)
+        found[name] = strategy
     return found
 
 

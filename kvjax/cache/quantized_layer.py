@@ -7,6 +7,7 @@ Alg. 1, packs by groups as well).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ BLOCK = 256
 """Slots unpacked at once for many queries, so that they stay in a core's cache."""
 
 FEW = 8
-"""Queries up to which codes are summed without unpacking."""
+"""Queries up to which a CPU sums codes without unpacking."""
 
 
 @pytree
@@ -177,27 +178,32 @@ class QuantizedLayer:
         return jnp.take_along_axis(self.k_centres, nth[:, None], axis=2, mode="clip")
 
     def _attend_packed(self, q, positions, packed: Int[Array, "batch"], mask: Mask):
-        """Attend to the first `packed` tokens after the sinks: in one go for few queries, or a block at a time."""
+        """Attend to the first `packed` tokens after the sinks: on a CPU in one go for few queries, or in blocks."""
+        turned, nth = self.k_codec.turn(q.astype(jnp.float32)), jnp.arange(self.k_codes.shape[3] * self.k_codec.group)
+        slots = jnp.where(nth[None] < packed[:, None], self.sinks + nth[None], -1)
+        in_blocks, folded = partial(self._in_blocks, mask=mask), partial(self._folded, mask=mask)
+        if q.shape[1] <= FEW:  # sums written out take a GPU's compiler minutes
+            out, lse = jax.lax.platform_dependent(turned, positions, slots, cpu=folded, default=in_blocks)
+        else:
+            out, lse = in_blocks(turned, positions, slots)
+        return self.v_codec.turn_back(out), lse
+
+    def _folded(self, turned, positions, slots, mask: Mask):
+        k = self.k_codec, self.k_codes, self.k_scales, self.k_centres
+        return attend_folded(k, (self.v_codec, self.v_codes, self.v_scales), turned, positions, slots, mask)
+
+    def _in_blocks(self, turned, positions, slots, mask: Mask):
         group, groups = self.k_codec.group, self.k_codes.shape[3]
-        turned, nth = self.k_codec.turn(q.astype(jnp.float32)), jnp.arange(groups * group)[None]
-        slots = jnp.where(nth < packed[:, None], self.sinks + nth, -1)
-        if q.shape[1] <= FEW:
-            k = self.k_codec, self.k_codes, self.k_scales, self.k_centres
-            v = self.v_codec, self.v_codes, self.v_scales
-            out, lse = attend_folded(k, v, turned, positions, slots, mask)
-            return self.v_codec.turn_back(out), lse
         size = max(1, min(BLOCK // group, groups))
 
         def load(first: Int[Array, ""]):
             def cut(x, axis: int):
                 return jax.lax.dynamic_slice_in_dim(x, first // group, size, axis=axis)
 
-            centres = self._centres(first // group, size)
-            keys = self.k_codec.decode(cut(self.k_codes, 3), cut(self.k_scales, 2), centres)
+            keys = self.k_codec.decode(cut(self.k_codes, 3), cut(self.k_scales, 2), self._centres(first // group, size))
             return keys, self.v_codec.decode(cut(self.v_codes, 2), cut(self.v_scales, 2))
 
-        out, lse = attend_blocks(turned, slots, load, size * group, positions, mask)
-        return self.v_codec.turn_back(out), lse
+        return attend_blocks(turned, slots, load, size * group, positions, mask)
 
 
 _PACKED = ("k_codes", "k_scales", "v_codes", "v_scales")
