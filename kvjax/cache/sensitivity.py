@@ -22,6 +22,7 @@ from kvjax.cache.dense import Dense
 from kvjax.cache.packing import PLANES
 from kvjax.cache.quantize import Codec
 from kvjax.cache.quantized import Quantized, QuantizedLayer
+from kvjax.divergence import divergence
 
 if TYPE_CHECKING:
     from kvjax.model import Params, Transformer
@@ -156,5 +157,4 @@ def _coarse(codec: Codec, x: Float[Array, "rows slots head_dim"], sinks: int, co
 @partial(jax.jit, static_argnames="model")
 def _divergence(model, params, cache: Cache, tokens, reference) -> Float[Array, ""]:
     logits, _ = model.apply({"params": params}, tokens, None, cache)
-    full, ours = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
-    return (jnp.exp(full) * (full - ours)).sum(-1).mean()
+    return divergence(reference, logits).mean()
