@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from experiments.passkey import PassKey
 from kvjax.cache import Cache, Dense, Strategy
+from kvjax.divergence import divergence
 from kvjax.model import Params, Transformer
 
 
@@ -171,9 +172,8 @@ def compared(
         targets = jax.lax.dynamic_slice_in_dim(tokens, context + i * step + 1, step, axis=1)
         ours, full = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (logits, there))
         same = (logits.argmax(-1) == there.argmax(-1)).astype(jnp.float32)
-        kl = (jnp.exp(full) * (full - ours)).sum(-1)
         nll = [-jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0] for x in (ours, full)]
-        return jnp.stack([same, kl, *nll]).sum(-1)
+        return jnp.stack([same, divergence(there, logits), *nll]).sum(-1)
 
     return _taken(model, params, cache, tokens, context, step, visit).sum(0)
 

@@ -59,6 +59,33 @@ class LayerCache(Protocol):
         """The layer whose row `i` is this one's row `rows[i]`."""
         ...
 
+    @property
+    def assured(self) -> tuple[int | None, int]:
+        """How many of a row's newest tokens, None for all, and of its first ones are held whatever they are."""
+
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
+        """Keys and values in the slots that `held` speaks of, a row a K/V head. The cache is open, as for `look`."""
+        ...
+
+    def take(
+        self,
+        k: Float[Array, "rows tokens head_dim"],
+        v: Float[Array, "rows tokens head_dim"],
+        positions: Int[Array, "some_rows tokens"],
+        mask: Mask,
+        old: LayerCache,
+    ) -> LayerCache:
+        """This layer, an empty one, with what it keeps of tokens that come in any order; their queries are gone.
+
+        Args:
+            positions: as `held` says them: -1 where there is no token, a row a batch row or a K/V head.
+            mask: the model's for this layer, of which only the window counts.
+            old: the layer that they were in, for what it has learnt of them. It holds all that this one is `assured`.
+        Raises:
+            ValueError: while tracing, if such a layer cannot be filled from `old`.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class LayerSpec:

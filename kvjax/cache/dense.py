@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import Mask, attend, by_head
 from kvjax.cache.base import LayerSpec, Strategy, check_dtype
+from kvjax.cache.feed import feed
 from kvjax.cache.slots import take_rows, write
 from kvjax.pytree import pytree
 
@@ -45,6 +46,16 @@ class DenseLayer:
     def fork(self, rows: Int[Array, "new_batch"]) -> DenseLayer:
         batch = self.positions.shape[0]
         return jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), self)
+
+    @property
+    def assured(self) -> tuple[None, int]:
+        return None, 0
+
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
+        return self.k, self.v
+
+    def take(self, k, v, positions, mask: Mask, old):
+        return feed(self, k, v, positions, self.limit, mask)
 
 
 @dataclass(frozen=True)

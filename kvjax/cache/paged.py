@@ -80,6 +80,19 @@ class PagedLayer:
     def fork(self, rows: Int[Array, "new_batch"]) -> PagedLayer:
         return replace(self, k=jnp.copy(self.k), v=jnp.copy(self.v))  # rows share pages, caches share no buffer
 
+    @property
+    def assured(self) -> tuple[None, int]:
+        return None, 0
+
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
+        assert self.table is not None, "an open layer"
+        return self._gathered(self.k, self.table)[:, : self.most], self._gathered(self.v, self.table)[:, : self.most]
+
+    def take(self, k, v, positions, mask: Mask, old):
+        raise ValueError(
+            "compress: `strategy` must make layers that can be filled one by one, but Paged ones share pages"
+        )
+
 
 @dataclass(frozen=True)
 class Paged(Strategy):

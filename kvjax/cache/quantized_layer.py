@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from kvjax.cache.attention import Mask, attend, attend_blocks, by_head, merge
+from kvjax.cache.feed import feed
 from kvjax.cache.folded import attend_folded
 from kvjax.cache.quantize import Codec
 from kvjax.cache.slots import take_rows, write
@@ -104,6 +105,13 @@ class QuantizedLayer:
     def fork(self, rows: Int[Array, "new_batch"]) -> QuantizedLayer:
         batch = self.packed.shape[0]
         return jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), self)
+
+    @property
+    def assured(self) -> tuple[None, int]:
+        return None, 0
+
+    def take(self, k, v, positions, mask: Mask, old):
+        return feed(self, k, v, positions, self.capacity, mask)
 
     def _slot(self, index: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
         return jnp.where(index < self.sinks, index, self.sinks + (index - self.sinks) % self.window)

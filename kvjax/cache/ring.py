@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache.attention import Mask, attend, by_head, merge
 from kvjax.cache.base import LayerSpec, Strategy, check_dtype
 from kvjax.cache.dense import Dense, DenseLayer
+from kvjax.cache.feed import feed
 from kvjax.cache.slots import take_rows, write
 from kvjax.pytree import pytree, static
 
@@ -57,6 +58,22 @@ class RingLayer:
     def fork(self, rows: Int[Array, "new_batch"]) -> RingLayer:
         batch = self.positions.shape[0]
         return jax.tree.map(lambda buffer: take_rows(buffer, rows, batch), self)
+
+    @property
+    def assured(self) -> tuple[int, int]:
+        return self.window, self.sinks
+
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
+        return self.k, self.v
+
+    def take(self, k, v, positions, mask: Mask, old):
+        sink = (positions >= 0) & (positions < self.sinks)
+        newest = ~sink & (positions > positions.max(1, keepdims=True) - self.window)
+        layer = self
+        for part, most in ((sink, self.sinks), (newest, self.window)):  # a gap may lie between
+            if most:
+                layer = feed(layer, k, v, jnp.where(part, positions, -1), most, mask)
+        return layer
 
     def _append_one(self, k, v, positions, valid) -> RingLayer:
         at = positions[:, 0]

@@ -22,6 +22,7 @@ from kvjax.cache.base import Cache, nbytes
 from kvjax.cache.dense import Dense, DenseLayer
 from kvjax.cache.packing import PLANES
 from kvjax.cache.quantized import Quantized, QuantizedLayer
+from kvjax.divergence import divergence
 
 if TYPE_CHECKING:
     from kvjax.model import Params, Transformer
@@ -170,5 +171,4 @@ def _coarse(empty: QuantizedLayer, full: DenseLayer, count: int) -> tuple[Array,
 @partial(jax.jit, static_argnames="model")
 def _divergence(model, params, cache: Cache, tokens, reference) -> Float[Array, ""]:
     logits, _ = model.apply({"params": params}, tokens, None, cache)
-    full, ours = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
-    return (jnp.exp(full) * (full - ours)).sum(-1).mean()
+    return divergence(reference, logits).mean()

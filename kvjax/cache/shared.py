@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attention import Mask, merge
 from kvjax.cache.base import Cache, LayerSpec, Strategy, check
@@ -65,6 +65,20 @@ class SharedLayer:
 
     def fork(self, rows: Int[Array, "new_batch"]) -> SharedLayer:
         return replace(self, prefix=jax.tree.map(jnp.copy, self.prefix), inner=self.inner.fork(rows))
+
+    @property
+    def assured(self) -> tuple[int | None, int]:
+        """All, if that is so of both parts."""
+        return (None if (self.prefix.assured[0], self.inner.assured[0]) == (None, None) else 0), 0
+
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
+        """The prefix's, a copy for every row, before the row's own."""
+        parts = zip(self.prefix.tokens(), self.inner.tokens(), strict=True)
+        k, v = (jnp.concatenate([jnp.tile(a, (b.shape[0] // a.shape[0], 1, 1)), b], axis=1) for a, b in parts)
+        return k, v
+
+    def take(self, k, v, positions, mask: Mask, old):
+        raise ValueError("compress: `strategy` must keep rows apart, got Shared: `share` makes one from its prefix")
 
 
 @pytree

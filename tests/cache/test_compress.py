@@ -9,20 +9,33 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Strategy
+from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared, Strategy, share
 from kvjax.cache.compress import compress
 from kvjax.pytree import pytree
-from tests.tiny import prompts, tiny
+from tests.tiny import LLAMA, prompts, tiny
 
 LENGTHS = [37, 9, 30]
-TO = {
-    "quantized": Quantized(4, residual=3),
-    "KIVI, by layer": Quantized((5, 2), 3, keys="channel", values="token", residual=0, sinks=1),
+
+
+def kept(budget, score, **settings):
+    return Evicting(budget, score, sinks=2, recent=4, **settings)
+
+
+QUANTIZED, BY_HEAD = Quantized(4, residual=3), ((12, 9), (8, 10))
+BY_KEYS, IN_CODES = kept(BY_HEAD, "key_diff"), kept(BY_HEAD, "random", inner=4)
+PAIRS = {
+    "quantized": (Dense(), QUANTIZED),
+    "KIVI, by layer": (Dense(), Quantized((5, 2), 3, keys="channel", values="token", residual=0, sinks=1)),
+    "out of pages": (Paged(page=4), QUANTIZED),
+    "evicting by keys": (Dense(), BY_KEYS),
+    "and in codes": (Paged(page=4), IN_CODES),
+    "evicting more by sums of attention": (kept(40, "h2o"), kept(BY_HEAD, "h2o")),
+    "evicting more by sums over queries": (kept(40, "expected"), kept(12, "expected")),
 }
 
 
-def filled(strategy):
-    model, params = tiny()
+def filled(strategy, family="llama"):
+    model, params = tiny(family)
     cache = strategy.init(model, batch=3, capacity=48)
     return model, params, kvjax.prefill(model, params, cache, prompts(2, 3, 37), LENGTHS)[1]
 
@@ -35,12 +48,14 @@ def decoded(model, params, cache, steps=4):
     return np.stack(rows), cache
 
 
-@pytest.mark.parametrize("name", TO)
+@pytest.mark.parametrize("name", PAIRS)
 def test_it_is_as_if_it_had_been_so_from_the_start(name):
-    model, params, dense = filled(Dense())
-    wanted, straight = decoded(*filled(TO[name]))
-    held, before = jax.tree.leaves(dense.layers), kvjax.nbytes(dense)
-    cache = compress(dense, TO[name])
+    """A prompt is taken in before anything is evicted or coded, so that all layers saw the same."""
+    source, target = PAIRS[name]
+    model, params, old = filled(source)
+    wanted, straight = decoded(*filled(target))
+    held, before = jax.tree.leaves(old.layers), kvjax.nbytes(old)
+    cache = compress(old, target)
     assert cache.length.tolist() == LENGTHS and kvjax.nbytes(cache) < before
     assert jax.tree.structure(cache) == jax.tree.structure(straight)
     assert all(x.is_deleted() for x in held)
@@ -50,10 +65,58 @@ def test_it_is_as_if_it_had_been_so_from_the_start(name):
 def test_inside_jit_and_step_by_step():
     """Dense, 8 bits, 4 bits: near 4 bits at once."""
     model, params, dense = filled(Dense())
-    wanted, _ = decoded(*filled(TO["quantized"]))
-    twice = jax.jit(lambda cache: compress(compress(cache, Quantized(8, residual=3)), TO["quantized"]))
+    wanted, _ = decoded(*filled(QUANTIZED))
+    twice = jax.jit(lambda cache: compress(compress(cache, Quantized(8, residual=3)), QUANTIZED))
     got, _ = decoded(model, params, twice(dense))
     assert np.abs(got - wanted).mean() < 0.1 * wanted.std()
+
+
+def test_evicting_inside_jit_and_step_by_step():
+    """Everything, 20 tokens, a dozen of them in codes: as a dozen at once, for the best of the best are the best."""
+    model, params, dense = filled(Dense())
+    wanted, _ = decoded(*filled(IN_CODES))
+    cache = jax.jit(lambda cache: compress(compress(cache, kept(20, "random")), IN_CODES))(dense)
+    assert kvjax.nbytes(cache) < kvjax.nbytes(dense) / 4
+    np.testing.assert_allclose(decoded(model, params, cache)[0], wanted, atol=1e-5)
+
+
+def test_codes_are_evicted_and_coded_anew():
+    """What stays is as it was, but for one more rounding, and worth more than what goes."""
+    _, _, old = filled(kept(24, "random", inner=8))
+    tokens_of = jax.jit(lambda layer: layer.tokens())
+    before = [[np.asarray(x) for x in (layer.positions, layer.worth, *tokens_of(layer))] for layer in old.layers]
+    cache = compress(old, IN_CODES)
+    for layer, (positions, worth, *tokens), budgets in zip(cache.layers, before, BY_HEAD, strict=True):
+        for row, held in enumerate(np.asarray(layer.positions)):
+            last = LENGTHS[row // 2] - 1
+            rank = np.where((positions[row] < 2) | (positions[row] > last - 4), 2.0, worth[row])
+            rank[positions[row] < 0] = -1.0
+            best = np.argsort(-rank, kind="stable")[: min(last + 1, budgets[row % 2])]
+            assert sorted(held[held >= 0]) == sorted(positions[row, best])
+            at = [positions[row].tolist().index(position) for position in held[held >= 0]]
+            for ours, theirs in zip(tokens_of(layer), tokens, strict=True):
+                error = np.asarray(ours)[row, held >= 0] - theirs[row, at]
+                assert np.square(error).mean() < 0.03 * np.square(theirs[row, at]).mean()
+
+
+def test_what_the_models_window_left_behind_is_evicted_first():
+    """A model with a window of 7 finds all it looks for in 8 slots, though the score would keep other tokens."""
+    model, params, dense = filled(Dense(), "mistral")
+    wanted, _ = decoded(*filled(Dense(), "mistral"))
+    cache = compress(dense, Evicting(8, "random", sinks=0, recent=1))
+    np.testing.assert_allclose(decoded(model, params, cache)[0], wanted, atol=1e-5)
+
+
+def test_a_shared_prefix_becomes_each_rows_own():
+    model, params = tiny()
+    start, rest = prompts(4, 1, 10), prompts(5, 3, 9)
+    _, prefix = kvjax.prefill(model, params, kept(48, "random").init(model, batch=1, capacity=10), start)
+    _, shared = kvjax.prefill(model, params, share(model, prefix, batch=3, capacity=38), rest, [9, 2, 6])
+    whole = jnp.concatenate([jnp.tile(start, (3, 1)), rest], axis=1)
+    dense = Dense().init(model, batch=3, capacity=48)
+    _, dense = kvjax.prefill(model, params, dense, whole, [19, 12, 16])
+    wanted, got = (decoded(model, params, compress(x, BY_KEYS))[0] for x in (dense, shared))
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [[Ring(window=11, sinks=2)], [Ring(window=20, sinks=3), Ring(window=11, sinks=2)]])
@@ -66,11 +129,35 @@ def test_a_ring_has_the_newest_and_the_first(steps):
     assert np.isfinite(decoded(model, params, cache)[0]).all()
 
 
-def test_what_was_set_back_is_not_taken_along():
+@pytest.mark.parametrize("target", [Ring(window=9, sinks=2), kept(11, "random")], ids=str)
+def test_what_was_set_back_is_not_taken_along(target):
     _, _, dense = filled(Dense())
-    cache = compress(replace(dense, length=dense.length - 5), Ring(window=11, sinks=2))
+    cache = compress(replace(dense, length=dense.length - 5), target)
     assert cache.length.tolist() == [32, 4, 25]
-    assert cache.layers[0].held(cache.length).max(1).tolist() == [31, 3, 24]
+    held = cache.layers[0].held(cache.length)
+    assert held.reshape(3, -1).max(1).tolist() == [31, 3, 24]
+    assert ((held >= 0).sum(1).reshape(3, -1) == jnp.array([[11], [4], [11]])).all()
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (Dense(), Quantized(4)),
+        (Dense(), Ring(window=1000)),
+        (Dense(), Evicting(1000, "key_norm")),
+        (Evicting(1.0, "h2o"), Evicting(1000, "h2o", inner=4)),
+    ],
+    ids=str,
+)
+def test_no_second_copy_inside_jit(source, target):
+    """Temporaries are of one layer at a time, so that memory is that of the old cache and of the new one."""
+    model = kvjax.Transformer(replace(LLAMA, head_dim=64, windows=(None,) * 8))
+    cache = source.shapes(model, batch=1, capacity=8192)
+    lowered = jax.jit(lambda cache: compress(cache, target, capacity=8192), donate_argnums=0).lower(cache)
+    memory = lowered.compile().memory_analysis()
+    assert memory.output_size_in_bytes < kvjax.nbytes(cache) / 3
+    assert memory.temp_size_in_bytes < 2 * kvjax.nbytes(cache.layers[0])
 
 
 @pytree
@@ -82,6 +169,8 @@ class EvenLayer:
     positions: Any
 
     limit = None
+    assured = 0, 0
+    attend = look = fork = lambda self, *_: self
 
     def held(self, length):
         return self.positions
@@ -89,7 +178,7 @@ class EvenLayer:
     def tokens(self):
         return self.k, self.v
 
-    def take(self, k, v, positions):
+    def take(self, k, v, positions, mask, old):
         held = jnp.repeat(positions, k.shape[0] // positions.shape[0], axis=0)
         slot = jnp.argsort(jnp.where((held >= 0) & (held % 2 == 0), held, 1000), axis=1)[:, :4]
         k, v = (jnp.take_along_axis(x, slot[..., None], axis=1) for x in (k, v))
@@ -119,11 +208,15 @@ def test_a_strategy_of_ones_own_takes_tokens_in():
     ("source", "target", "words"),
     [
         (Quantized(4), Quantized(8), "`strategy` must need fewer bytes than the .* there are"),
-        (Ring(window=30), Quantized(2), "needs tokens that Ring.* has dropped"),
-        (Ring(window=10), Ring(window=9, sinks=1), "needs tokens that Ring.* has dropped"),
-        (Evicting(64), Quantized(2), "do not tell their tokens"),
-        (Paged(), Quantized(4), "do not tell their tokens"),
-        (Dense(), Paged(pool=1), "do not take tokens in"),
+        (Ring(window=30), Quantized(2), "needs tokens that Ring.* may have dropped"),
+        (Ring(window=10), Ring(window=9, sinks=1), "needs tokens that Ring.* may have dropped"),
+        (Evicting(64), Quantized(2), "needs tokens that Evicting.* may have dropped"),
+        (Evicting(64), Ring(4), "needs tokens that Evicting.* may have dropped"),
+        (Shared(Ring(30)), Ring(4), "needs tokens that Shared.* may have dropped"),
+        (Dense(), Evicting(40), "a score that needs no queries.*: key_norm, key_diff, random, or the one that `cache`"),
+        (Evicting(64, "snapkv"), Evicting(40, "expected"), "a score that needs no queries.*got Expected"),
+        (Dense(), Paged(pool=1), "that can be filled one by one, but Paged ones share pages"),
+        (Dense(), Shared(Ring(4)), "must keep rows apart, got Shared"),
         (Dense(), Quantized((4, 4, 4)), "one entry for each of 2 layers, got 3"),
     ],
 )
@@ -132,6 +225,7 @@ def test_what_cannot_work_is_refused(source, target, words):
     cache = source.init(model, batch=1, capacity=96)
     with pytest.raises(ValueError, match=words):
         compress(cache, target)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(cache))
 
 
 def test_a_smaller_capacity_is_refused():

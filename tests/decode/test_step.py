@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import Dense, Evicting, Ring
+from kvjax.cache import Dense, Evicting, Quantized, Ring
 from kvjax.decode import BUCKETS, begin, rules, state
 from tests.compiles import Compiles
 from tests.tiny import LLAMA, prompts, tiny
@@ -103,6 +103,19 @@ def test_the_cache_is_written_in_place(name, strategy, head_dim, batch):
     shape = ",".join(map(str, buffer.shape))
     assert f"f32[{shape}]" in program.as_text()
     assert not re.search(rf"= f32\[{shape}\]\S* copy\(", program.as_text())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_codes_stay_in_place_in_the_loop(batch):
+    """Neither a copy of them nor anything of the size of what they stand for."""
+    program, cache = compiled("generate", Quantized(4), batch, 64)
+    memory, text, layer = program.memory_analysis(), program.as_text(), cache.layers[0]
+    assert memory.alias_size_in_bytes >= kvjax.nbytes(cache) - cache.length.nbytes  # one is overwritten unread
+    assert memory.temp_size_in_bytes < layer.k_codes.nbytes
+    for codes in (layer.k_codes, layer.v_codes):
+        shape = ",".join(map(str, codes.shape))
+        assert f"u8[{shape}]" in text
+        assert not re.search(rf"= u8\[{shape}\]\S* copy\(", text)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from kvjax.cache.attention import Mask, attend, attend_blocks, merge
-from kvjax.cache.evict.layer import ByHead, EvictingLayer, blend, placed, ranked, vacant
+from kvjax.cache.evict.knobs import ranked, vacant
+from kvjax.cache.evict.layer import ByHead, EvictingLayer, blend, placed
 from kvjax.cache.evict.scores import Attention
 from kvjax.cache.packing import pack, unpack
 from kvjax.cache.quantize import byte_scale, level, normal_codes, rotation
@@ -100,11 +101,14 @@ class CodedLayer(ByHead):
         return layer._seen(q, positions, valid, mask)
 
     def _take_chunk(self, q, k, v, positions, valid, mask: Mask):
-        """As in full, by what one layer's codes decode to; tokens that stay keep their codes."""
-        plain, fresh = self._decoded(), jnp.where(valid, positions, -1)
-        out, lse, old, new = plain.compared(q, k, v, positions, valid, mask)
-        kept = plain.best(old, new, fresh, mask)
-        k, v = (jnp.concatenate(pair, axis=1) for pair in ((plain.k, k), (plain.v, v)))
+        """As in full, by what one layer's codes decode to."""
+        out, lse, old, new = self._decoded().compared(q, k, v, positions, valid, mask)
+        return out, lse, self._cut(k, v, jnp.where(valid, positions, -1), old, new, mask)
+
+    def _cut(self, k, v, fresh, old, new, mask: Mask):
+        """Tokens that stay keep their codes."""
+        kept = self.best(old, new, fresh, mask)
+        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(self.tokens(), (k, v), strict=True))
         both, worth = (jnp.concatenate(pair, axis=1) for pair in ((self.positions, fresh), (old, new)))
         wanted = self._newest(both.max(1, keepdims=True))
         here = (both[:, None] == wanted[..., None]) & (wanted >= 0)[..., None]
@@ -122,7 +126,7 @@ class CodedLayer(ByHead):
 
         slots = jnp.concatenate([jnp.where(found, wanted, -1), blend(empty, both, taken, source)], axis=1)
         body = blend(old[:, self.front :], worth, taken, source)
-        layer = replace(
+        return replace(
             self,
             k=blend(self.k, k, found, index),
             v=blend(self.v, v, found, index),
@@ -131,7 +135,6 @@ class CodedLayer(ByHead):
             positions=slots,
             worth=jnp.concatenate([jnp.take_along_axis(worth, index, axis=1), body], axis=1),
         )
-        return out, lse, layer
 
     def _look(self, q, positions, mask: Mask):
         """Full slots and coded ones, a block of these at a time."""
@@ -167,10 +170,12 @@ class CodedLayer(ByHead):
         ring = last - (last - slot) % self.recent
         return jnp.where(slot < self.sinks, jnp.where(slot <= last, slot, -1), jnp.where(ring < self.sinks, -1, ring))
 
-    def _decoded(self) -> EvictingLayer:
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
         def whole(full, codes: Codes):
             body = codes.cut(0, codes.scales.shape[1]) @ rotation(full.shape[-1]).T
             return jnp.concatenate([full, body.astype(full.dtype)], axis=1)
 
-        k, v = whole(self.k, self.k_codes), whole(self.v, self.v_codes)
-        return EvictingLayer(k, v, self.positions, self.worth, self.state, self.knobs, self.score, False)
+        return whole(self.k, self.k_codes), whole(self.v, self.v_codes)
+
+    def _decoded(self) -> EvictingLayer:
+        return EvictingLayer(*self.tokens(), self.positions, self.worth, self.state, self.knobs, self.score, False)

@@ -40,6 +40,9 @@ def _entropy(model, params, tokens, lengths):
     return jnp.stack([layer.mean for layer in cache.layers])
 
 
+_NO_CACHE = "attention_entropy: what it measured is no cache"
+
+
 @pytree
 class _Measured:
     """A layer that keeps no tokens, only the mean entropy of the one prompt that it is given."""
@@ -47,6 +50,7 @@ class _Measured:
     mean: Float[Array, "kv_heads"]
 
     limit = None
+    assured = 0, 0
 
     def attend(self, q, k, v, positions, valid, mask: Mask):
         heads = k.shape[2]
@@ -59,7 +63,13 @@ class _Measured:
         return out, lse, replace(self, mean=each)
 
     def look(self, q, positions, mask: Mask):
-        raise NotImplementedError("attention_entropy: what it measured is no cache")
+        raise NotImplementedError(_NO_CACHE)
+
+    def tokens(self):
+        raise NotImplementedError(_NO_CACHE)
+
+    def take(self, k, v, positions, mask: Mask, old):
+        raise NotImplementedError(_NO_CACHE)
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch 0"]:
         return jnp.zeros((length.shape[0], 0), jnp.int32)

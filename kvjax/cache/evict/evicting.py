@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
 from kvjax.cache.evict.budgets import Budget, slots_of
 from kvjax.cache.evict.coded import CodedLayer, encoded
-from kvjax.cache.evict.layer import EvictingLayer, Knobs
+from kvjax.cache.evict.knobs import Knobs
+from kvjax.cache.evict.layer import EvictingLayer
 from kvjax.cache.evict.score import Score
 from kvjax.cache.evict.scores import SCORES
 from kvjax.cache.quantized import Quantized

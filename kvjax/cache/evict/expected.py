@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ class Expected(Score):
     divided by their sum over all keys so far, averaged over the group, lifted by `floor` and multiplied by the norm
     of the value. Without the division one query head decides for all: it then keeps 17 % of pass-keys, not 100 %.
     """
+
+    queries: ClassVar[bool] = True
 
     horizon: int = 512
     floor: float = 0.02

@@ -15,29 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.cache.attention import Mask, attend, by_head, merge, queries_by_head, queries_together
+from kvjax.cache.evict.knobs import Knobs, budgets, ranked, safe, vacant
 from kvjax.cache.evict.score import Score
-from kvjax.cache.evict.scores import Attention
+from kvjax.cache.evict.scores import SCORES, Attention
 from kvjax.cache.slots import take_rows, write
 from kvjax.pytree import pytree, static
-
-
-@pytree
-class Knobs:
-    """What may change without a recompile; each leaf can be `vmap`ped over, the floats differentiated.
-
-    Args:
-        budget: tokens each K/V head may hold, at most the layer's slots.
-        sinks: the first tokens, never evicted.
-        recent: the newest tokens, never evicted; at least 1.
-        threshold: of soft eviction: the worth at which a token counts half.
-        temperature: of soft eviction: how gradual that is, in units of worth.
-    """
-
-    budget: Int[Array, "kv_heads"]
-    sinks: Int[Array, ""]
-    recent: Int[Array, ""]
-    threshold: Float[Array, ""]
-    temperature: Float[Array, ""]
 
 
 @pytree
@@ -64,12 +46,20 @@ class ByHead(ABC):
         """`attend` to more, by head."""
 
     @abstractmethod
+    def _cut(self, k, v, fresh: Int[Array, "rows width"], old, new, mask: Mask) -> Any:
+        """The layer with the best of what is held and of new tokens, at positions `fresh`, by the worth of each."""
+
+    @abstractmethod
     def _look(self, q, positions, mask: Mask) -> Any:
         """`look`, by head."""
 
     @abstractmethod
     def _received(self, score: Attention, q, positions, lse, weight, mask: Mask) -> Float[Array, "rows slots"]:
         """The worth that these queries' attention gives each slot."""
+
+    @abstractmethod
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
+        """Keys and values of all slots."""
 
     @property
     def limit(self) -> None:
@@ -97,6 +87,37 @@ class ByHead(ABC):
         batch = self.k.shape[0] // self.knobs.budget.shape[0]
         forked = jax.tree.map(lambda x: take_rows(x, rows, batch), replace(self, knobs=None))
         return replace(forked, knobs=jax.tree.map(jnp.copy, self.knobs))  # or one fork's donation would end the other
+
+    @property
+    def assured(self) -> tuple[int, int]:
+        """None: heads differ, and the sinks and recent tokens that none evicts may be set anew."""
+        return 0, 0
+
+    def take(self, k, v, positions, mask: Mask, old):
+        """The best by what their keys and values alone say, or by what `old` knows, if it has the same score."""
+        positions = jnp.repeat(positions, k.shape[0] // positions.shape[0], axis=0)
+        k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
+        if isinstance(old, ByHead) and old.score == self.score:
+            state = old.state
+        elif self.score.queries:
+            names = ", ".join(name for name, score in SCORES.items() if not score.queries)
+            raise ValueError(
+                f"compress: `strategy` must have a score that needs no queries, for those of what is held are gone: "
+                f"{names}, or the one that `cache` has, got {self.score}"
+            )
+        else:
+            state = self.score.observe(self.state, jnp.zeros_like(k)[:, :, None], k, positions, positions >= 0)
+        known = isinstance(self.score, Attention)
+        worth = old.worth if known else self.score.rate(state, k, v, positions)
+        return replace(self, state=state)._cut(k, v, positions, jnp.zeros_like(self.worth), worth, mask)
+
+    def best(self, old, new, fresh, mask: Mask) -> Bool[Array, "rows slots_and_width"]:
+        """Which of what is held and what is new the budget has room for."""
+        both = jnp.concatenate([self.positions, fresh], axis=1)
+        rank = ranked(self.knobs, jnp.concatenate([old, new], axis=1), both, both.max(1, keepdims=True), mask)
+        rank = jnp.where(both < 0, -jnp.inf, rank)
+        place = jnp.argsort(jnp.argsort(-rank, axis=1, stable=True), axis=1)
+        return (place < budgets(self.knobs, both)) & (both >= 0)
 
     def _seen(self, q, positions, valid, mask: Mask):
         """Attention to the slots, and the layer whose slots are worth what that makes them."""
@@ -130,15 +151,20 @@ class EvictingLayer(ByHead):
 
     def _take_chunk(self, q, k, v, positions, valid, mask: Mask):
         """Attend to all that is held and all that is new, then keep the best of both."""
-        fresh = jnp.where(valid, positions, -1)
         out, lse, old, new = self.compared(q, k, v, positions, valid, mask)
+        return out, lse, self._cut(k, v, jnp.where(valid, positions, -1), old, new, mask)
+
+    def _cut(self, k, v, fresh, old, new, mask: Mask):
         kept, slots = self.best(old, new, fresh, mask), self.positions.shape[1]
         taken, index = placed(kept[:, :slots], kept[:, slots:])
         held = jnp.where(kept[:, :slots], self.positions, -1)
         k, v, held, worth = (
             blend(x, y, taken, index) for x, y in ((self.k, k), (self.v, v), (held, fresh), (old, new))
         )
-        return out, lse, replace(self, k=k, v=v, positions=held, worth=worth)
+        return replace(self, k=k, v=v, positions=held, worth=worth)
+
+    def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
+        return self.k, self.v
 
     def compared(self, q, k, v, positions, valid, mask: Mask):
         """A chunk's attention to what is held and to itself, and the worth of what is held and of what is new."""
@@ -151,14 +177,6 @@ class EvictingLayer(ByHead):
         old = self._received(self.score, q, positions, lse, weight, mask)
         old = self.score.joined(self.worth * self.score.kept(valid.sum(1))[:, None], old)
         return out, lse, old, self.score.received(q, k, v, positions, fresh, lse, weight, mask, pool=True)
-
-    def best(self, old, new, fresh, mask: Mask) -> Bool[Array, "rows slots_and_width"]:
-        """Which of what is held and what is new the budget has room for."""
-        both = jnp.concatenate([self.positions, fresh], axis=1)
-        rank = ranked(self.knobs, jnp.concatenate([old, new], axis=1), both, both.max(1, keepdims=True), mask)
-        rank = jnp.where(both < 0, -jnp.inf, rank)
-        place = jnp.argsort(jnp.argsort(-rank, axis=1, stable=True), axis=1)
-        return (place < budgets(self.knobs, both)) & (both >= 0)
 
     def _look(self, q, positions, mask: Mask):
         """Attention over the slots; soft eviction weighs each slot's share of it and normalises again."""
@@ -195,30 +213,6 @@ def blend(
     """`held`, but the new token `index` in each slot that is `taken`."""
     where, at = (x.reshape(*x.shape, *(1,) * (held.ndim - 2)) for x in (taken, index))
     return jnp.where(where, jnp.take_along_axis(new, at, axis=1), held)
-
-
-def ranked(knobs: Knobs, worth: Float[Array, "rows slots"], held: Int[Array, "rows slots"], newest, mask: Mask):
-    """Worth, infinite for what must stay, least for what the model's own window has left behind."""
-    worth = jnp.where(safe(knobs, held, newest), jnp.inf, worth)
-    if mask.window is None:
-        return worth
-    return jnp.where(held <= newest - mask.window, jnp.finfo(jnp.float32).min, worth)
-
-
-def safe(knobs: Knobs, held: Int[Array, "rows slots"], newest: Int[Array, "rows 1"]) -> Bool[Array, "rows slots"]:
-    """Which tokens are sinks or recent."""
-    return (held < knobs.sinks) | (held > newest - knobs.recent)
-
-
-def budgets(knobs: Knobs, held: Int[Array, "rows slots"]) -> Int[Array, "rows 1"]:
-    """Each row's budget."""
-    return jnp.tile(knobs.budget, held.shape[0] // knobs.budget.shape[0])[:, None]
-
-
-def vacant(knobs: Knobs, held: Int[Array, "rows slots"], front: int = 0) -> Float[Array, "rows 1"]:
-    """The rank of an empty slot: below all others while the budget has room, above them once it has none."""
-    full = (held >= 0).sum(1, keepdims=True) >= budgets(knobs, held) - front
-    return jnp.where(full, jnp.inf, -jnp.inf)
 
 
 def _weighed(q, layer: EvictingLayer, positions, lse, share, mask: Mask):

@@ -5,7 +5,7 @@ Rows are `batch * kv_heads`; queries come as `[rows, width, group, head_dim]`. L
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -18,6 +18,9 @@ Worth = Float[Array, "rows slots"]
 
 class Score:
     """A rule of worth. Subclasses are frozen dataclasses; what they learn from tokens is a pytree, `state`."""
+
+    queries: ClassVar[bool] = False
+    """Whether worth depends on queries, so that it cannot be found from keys and values that are held."""
 
     def begin(self, spec: LayerSpec) -> Any:
         """What is known before any token; every leaf has a leading axis of `rows`."""

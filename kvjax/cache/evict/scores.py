@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ class Attention(Score):
         peak: the largest attention from any one query, instead of the sum, so that one later use is enough.
         value: times the norm of the token's value (Guo et al. 2024, arXiv:2406.12335).
     """
+
+    queries: ClassVar[bool] = True
 
     window: int | None = None
     pool: int = 1

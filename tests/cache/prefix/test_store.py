@@ -150,6 +150,24 @@ def test_prompts_that_fill_the_pool_give_kept_pages_up_rather_than_fail():
     assert out.store.tally.found == 54 and out.store.tally.evicted == 4  # without a copy of what is overwritten
 
 
+def test_a_page_held_in_part_is_given_up_though_a_later_block_is_in_use():
+    """Row 0 goes on inside the second of three blocks, whose third is row 1's: kept, it would cost a page."""
+    model, params = tiny()
+    cache = Paged(page=PAGE, pool=6).init(model, batch=2, capacity=CAPACITY)
+    store, text = open_store(cache, POLICIES["lru"]), first()[0][:12]
+    _, cache = kvjax.prefill(model, params, cache, [text[:8], text])
+    store, cache = keep(store, cache, [text[:8], []])
+    store, cache = keep(store, cache, [[], text])
+    store, cache, _ = reuse(store, release(cache, jnp.array([True, False])), [[*text[:6], 3], []])
+    assert len(store.blocks) == 3 and cache.length.tolist() == [6, 12]
+    store, cache = make_room(store, cache, np.array([1, 1]))
+    assert [block.page for block in store.blocks.values()] == [cache.shared.table[0, 0]] and store.tally.evicted == 2
+    logits, cache = kvjax.decode_step(model, params, cache, jnp.array([3, 4]))
+    dense = Dense().init(model, batch=2, capacity=CAPACITY)
+    wanted, _ = kvjax.prefill(model, params, dense, [[*text[:6], 3], [*text, 4]])
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+
 def test_rows_take_turns():
     """One row goes on while another begins anew, as in continuous batching."""
     model, params, cache, store = opened()
