@@ -96,6 +96,9 @@ def _required(field) -> bool:
 def _parse(key: str, texts: list[str], kind: Any) -> Any:
     """A value from a command line: read as YAML would, and as plain text where only that fits."""
     if typing.get_origin(kind) is tuple:
+        with suppress(ValueError, yaml.YAMLError):
+            if len(texts) == 1 and isinstance(whole := yaml.safe_load(texts[0]), list):  # --key '[a, b]'
+                return _fit(key, whole, kind)
         return tuple(_parse(key, [text], typing.get_args(kind)[0]) for text in texts)
     if not texts and kind is bool:
         return True

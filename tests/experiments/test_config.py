@@ -52,6 +52,8 @@ def test_file_and_line_together(read):
     assert read("steps: 3", *line, "--rate", "1e-3") == Fields(4, 1e-3, "7", "fast", True, (5, 6), 9)
     assert read("steps: 3\nmost: 2", "--most", "null").most is None
     assert read("steps: 3", "--warm", "false").warm is False
+    assert read("steps: 3", "--seeds", "[5, 6]").seeds == (5, 6)
+    assert read("steps: 3", "--seeds", "[]").seeds == ()
 
 
 @pytest.mark.parametrize(
