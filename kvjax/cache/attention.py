@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
+from kernels.products import mix as full_mix
+from kernels.products import scores as full_scores
 from kernels.received import received
 from kernels.reference import Mask, attend, attend_blocks, finish, merge, weigh
 
@@ -13,6 +15,8 @@ __all__ = [
     "attend_blocks",
     "by_head",
     "finish",
+    "full_mix",
+    "full_scores",
     "merge",
     "queries_by_head",
     "queries_together",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from kvjax.cache.attention import Mask, finish, weigh
+from kvjax.cache.attention import Mask, finish, full_mix, full_scores, weigh
 from kvjax.cache.packing import unpack
 from kvjax.cache.quantize import Codec
 
@@ -87,21 +87,29 @@ def mix(
 def attend_folded(
     k: tuple[Codec, Array, Array, Array | None],
     v: tuple[Codec, Array, Array],
+    full: tuple[Float[Array, "rows some head_dim"], Float[Array, "rows some head_dim"], Int[Array, "batch some"]],
     q: Float[Array, "batch width heads head_dim"],
     positions: Int[Array, "batch width"],
     slots: Int[Array, "batch slots"],
     mask: Mask,
 ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
-    """`attend` over packed keys and values, each a codec with its codes and scales, and keys with their spans' centres.
+    """`attend` over packed keys and values and some in full, by one softmax.
 
-    `q` is as `k`'s codec turns it. `slots` are the positions of what `decode` would give, and -1 where nothing is held.
+    Args:
+        k, v: each a codec with its codes and scales, and keys with their spans' centres.
+        full: keys, values and positions of what is not packed.
+        slots: the positions of what `decode` would give, and -1 where nothing is held.
     """
-    codec, codes, scales, centres = k
     batch, width, heads, dim = q.shape
-    rows, group = codes.shape[0], codec.group
+    rows, group, some = k[1].shape[0], k[0].group, full[2].shape[1]
     folded = q.astype(jnp.float32).reshape(batch, width, rows // batch, -1, dim).transpose(0, 2, 3, 1, 4)
-    products = scores(codec, codes, scales, folded.reshape(rows, -1, dim), centres).reshape(batch, heads, width, -1)
+    folded = folded.reshape(rows, -1, dim)
+    packed = scores(*k[:3], k[0].turn(folded), k[3])
+    products = [full_scores(folded, full[0].astype(jnp.float32)), packed.reshape(*packed.shape[:2], -1)]
     slots = slots.reshape(batch, -1, group).swapaxes(1, 2).reshape(batch, -1)
-    weights, peak, total = weigh(products, positions, slots, mask)
-    out = mix(*v, weights.reshape(rows, -1, group, slots.shape[1] // group))
-    return finish((out.reshape(batch, heads, width, dim), peak, total), jnp.float32)
+    products = jnp.concatenate(products, axis=2).reshape(batch, heads, width, -1)
+    weights, peak, total = weigh(products, positions, jnp.concatenate([full[2], slots], axis=1), mask)
+    weights = weights.reshape(rows, -1, weights.shape[-1])
+    out = v[0].turn_back(mix(*v, weights[..., some:].reshape(packed.shape)))
+    out = out + full_mix(weights[..., :some], full[1].astype(jnp.float32))
+    return finish((out.reshape(batch, heads, width, dim), peak, total), q.dtype)

@@ -1,13 +1,12 @@
 """A layer whose tokens wait in full until newer ones are there, and are then packed a group at a time.
 
-Both parts are merged by `lse`, and no dense copy of the codes ever exists (KIVI, Liu et al. 2024, arXiv:2402.02750,
+Attention sees both parts at once, and no dense copy of the codes ever exists (KIVI, Liu et al. 2024, arXiv:2402.02750,
 Alg. 1, packs by groups as well).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ BLOCK = 256
 """Slots unpacked at once for many queries, so that they stay in a core's cache."""
 
 FEW = 8
-"""Queries up to which a CPU sums codes without unpacking."""
+"""Queries up to which a CPU sums codes without unpacking; a GPU's compiler takes minutes over these sums."""
 
 
 @pytree
@@ -78,12 +77,11 @@ class QuantizedLayer:
         ring = self._pick(pool, start, self._newest(end))
         layer = replace(self, k=ring[0], v=ring[1], length=end)._pack(pool, start, q.shape[1])
         slots = jnp.concatenate([self._ring(start), jnp.where(valid, positions, -1)], axis=1)
-        before = layer._attend_packed(q, positions, self.packed, mask)  # of `layer`, or XLA copies what it writes to
-        return *merge(attend(q, *pool, positions, slots, mask), before), layer
+        seen = layer._see(q, (*pool, slots), positions, self.packed, mask)  # of `layer`, or XLA copies what it writes
+        return *seen, layer
 
     def look(self, q, positions, mask: Mask):
-        fresh = attend(q, self.k, self.v, positions, self._ring(self.length), mask)
-        return merge(fresh, self._attend_packed(q, positions, self.packed, mask))
+        return self._see(q, (self.k, self.v, self._ring(self.length)), positions, self.packed, mask)
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """The slots are those of sinks and ring, then those that are packed, a group after the other."""
@@ -134,47 +132,49 @@ class QuantizedLayer:
         return tuple(jnp.take_along_axis(x, at, axis=1, mode="clip") for x in pool)
 
     def _pack(self, pool, inside: Int[Array, "batch"], width: int) -> QuantizedLayer:
-        """Encode the groups that have `residual` tokens after them; `width` new tokens complete only so many."""
-        group, groups = self.k_codec.group, self.k_codes.shape[3]
-        count, done = min(-(-width // group), groups), self.packed // group
-        due = jnp.maximum((self.length - self.sinks - self.residual) // group, done)
-        first = jnp.minimum(done, groups - count)
-        nth = first[:, None] + jnp.arange(count)[None]
-        keep = (nth >= done[:, None]) & (nth < due[:, None])
-        held = self.k_codes, self.k_scales, self.v_codes, self.v_scales
-        layer = self._centre(pool, inside, done, due, count)
+        """Encode the groups that have `residual` tokens after them, as many at once as `width` new tokens complete.
 
-        def encode():
+        A loop, which most steps leave at once: XLA writes in place inside it, and would not inside a branch.
+        """
+        group, groups = self.k_codec.group, self.k_codes.shape[3]
+        count = min(-(-width // group), groups)
+        due = jnp.maximum((self.length - self.sinks - self.residual) // group * group, self.packed)
+        pool = jax.lax.stop_gradient(pool)
+
+        def more(packed: dict[str, Array]) -> dict[str, Array]:
+            layer = replace(self, **packed)
+            done = layer.packed // group
+            first = jnp.minimum(done, groups - count)
+            nth = first[:, None] + jnp.arange(count)[None]
+            keep = (nth >= done[:, None]) & (nth < due[:, None] // group)
+            layer = layer._centre(pool, inside, done, due // group, count)
             index = self.sinks + first[:, None] * group + jnp.arange(count * group)[None]
             k, v = (x.reshape(x.shape[0], count, group, -1) for x in self._pick(pool, inside, index))
-            return *self.k_codec.encode(k, layer._centres(first, count)), *self.v_codec.encode(v)
+            fresh = *self.k_codec.encode(k, layer._centres(first, count)), *self.v_codec.encode(v)
+            for (name, axis), new in zip(_PACKED, fresh, strict=True):
+                written = _write_groups(getattr(layer, name), new, first, keep, axis)
+                layer = replace(layer, **{name: written})
+            layer = replace(layer, packed=jnp.minimum(layer.packed + count * group, due))
+            return {name: getattr(layer, name) for name in packed}
 
-        def nothing():
-            return *self.k_codec.empty(held[0].shape[0], count), *self.v_codec.empty(held[0].shape[0], count)
-
-        fresh = jax.lax.cond(keep.any(), encode, nothing)
-        axes = 3, 2, 2, 2
-        written = [_write_groups(x, new, first, keep, axis) for x, new, axis in zip(held, fresh, axes, strict=True)]
-        return replace(layer, **dict(zip(_PACKED, written, strict=True)), packed=due * group)
+        names = *(name for name, _ in _PACKED), *(() if self.k_centres is None else ("k_centres",)), "packed"
+        held = jax.lax.stop_gradient({name: getattr(self, name) for name in names})
+        return replace(self, **jax.lax.while_loop(lambda held: (held["packed"] < due).any(), more, held))
 
     def _centre(self, pool, inside, done: Int[Array, "batch"], due: Int[Array, "batch"], count: int) -> QuantizedLayer:
         """With the centres of spans whose first group is among those from `done` to `due`, at most `count`."""
         if self.k_centres is None:
             return self
-        codec, dtype, (rows, dim, spans) = self.k_codec, self.k_centres.dtype, self.k_centres.shape
+        codec, (rows, dim, spans) = self.k_codec, self.k_centres.shape
         each, reach = codec.span // codec.group, min(codec.span, self.window)
         some = min((count + each - 2) // each + 1, spans)
         first = jnp.minimum(done // each, spans - some)
         begin = (first[:, None] + jnp.arange(some)[None]) * each
+        index = self.sinks + begin[..., None] * codec.group + jnp.arange(reach)[None, None]
+        k = self._pick(pool, inside, index.reshape(-1, some * reach))[0].astype(jnp.float32)
+        mean = codec.turn(k.reshape(rows, some, reach, dim).mean(2)).swapaxes(1, 2).astype(self.k_centres.dtype)
         keep = (begin >= done[:, None]) & (begin < due[:, None])
-
-        def mean():
-            index = self.sinks + begin[..., None] * codec.group + jnp.arange(reach)[None, None]
-            k = self._pick(pool, inside, index.reshape(-1, some * reach))[0].astype(jnp.float32)
-            return codec.turn(k.reshape(rows, some, reach, dim).mean(2)).swapaxes(1, 2).astype(dtype)
-
-        fresh = jax.lax.cond(keep.any(), mean, lambda: jnp.zeros((rows, dim, some), dtype))
-        return replace(self, k_centres=_write_groups(self.k_centres, fresh, first, keep, 2))
+        return replace(self, k_centres=_write_groups(self.k_centres, mean, first, keep, 2))
 
     def _centres(self, first: Int[Array, "batch"] | Int[Array, ""] | int, count: int):
         """The centres of `count` groups from group `first` on, which a row of the batch may have for itself."""
@@ -185,22 +185,25 @@ class QuantizedLayer:
         nth = jnp.repeat(nth, self.k.shape[0] // nth.shape[0], axis=0)
         return jnp.take_along_axis(self.k_centres, nth[:, None], axis=2, mode="clip")
 
-    def _attend_packed(self, q, positions, packed: Int[Array, "batch"], mask: Mask):
-        """Attend to the first `packed` tokens after the sinks: on a CPU in one go for few queries, or in blocks."""
-        turned, nth = self.k_codec.turn(q.astype(jnp.float32)), jnp.arange(self.k_codes.shape[3] * self.k_codec.group)
-        slots = jnp.where(nth[None] < packed[:, None], self.sinks + nth[None], -1)
-        in_blocks, folded = partial(self._in_blocks, mask=mask), partial(self._folded, mask=mask)
-        if q.shape[1] <= FEW:  # sums written out take a GPU's compiler minutes
-            out, lse = jax.lax.platform_dependent(turned, positions, slots, cpu=folded, default=in_blocks)
-        else:
-            out, lse = in_blocks(turned, positions, slots)
-        return self.v_codec.turn_back(out), lse
+    def _see(self, q, full, positions, packed: Int[Array, "batch"], mask: Mask):
+        """Attend to keys, values and positions in full, and to the first `packed` tokens after the sinks."""
+        nth = jnp.arange(self.k_codes.shape[3] * self.k_codec.group)[None]
+        slots = jnp.where(nth < packed[:, None], self.sinks + nth, -1)
 
-    def _folded(self, turned, positions, slots, mask: Mask):
-        k = self.k_codec, self.k_codes, self.k_scales, self.k_centres
-        return attend_folded(k, (self.v_codec, self.v_codes, self.v_scales), turned, positions, slots, mask)
+        def folded(q, full, positions, slots):
+            k = self.k_codec, self.k_codes, self.k_scales, self.k_centres
+            return attend_folded(k, (self.v_codec, self.v_codes, self.v_scales), full, q, positions, slots, mask)
 
-    def _in_blocks(self, turned, positions, slots, mask: Mask):
+        def in_blocks(q, full, positions, slots):
+            k, v, held = full
+            return merge(attend(q, k, v, positions, held, mask), self._in_blocks(q, positions, slots, mask))
+
+        if q.shape[1] > FEW:
+            return in_blocks(q, full, positions, slots)
+        return jax.lax.platform_dependent(q, full, positions, slots, cpu=folded, default=in_blocks)  # see FEW
+
+    def _in_blocks(self, q, positions, slots, mask: Mask):
+        turned = self.k_codec.turn(q.astype(jnp.float32))
         group, groups = self.k_codec.group, self.k_codes.shape[3]
         size = max(1, min(BLOCK // group, groups))
 
@@ -211,10 +214,12 @@ class QuantizedLayer:
             keys = self.k_codec.decode(cut(self.k_codes, 3), cut(self.k_scales, 2), self._centres(first // group, size))
             return keys, self.v_codec.decode(cut(self.v_codes, 2), cut(self.v_scales, 2))
 
-        return attend_blocks(turned, slots, load, size * group, positions, mask)
+        out, lse = attend_blocks(turned, slots, load, size * group, positions, mask)
+        return self.v_codec.turn_back(out).astype(q.dtype), lse
 
 
-_PACKED = ("k_codes", "k_scales", "v_codes", "v_scales")
+_PACKED = ("k_codes", 3), ("k_scales", 2), ("v_codes", 2), ("v_scales", 2)
+"""Buffers of groups, as codecs encode them for keys and for values, and the axis of their groups."""
 
 
 def _write_groups(
