@@ -1,6 +1,7 @@
 """Strict JAX for every test: no silent promotion, no reused key, no program from an earlier run."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -11,7 +12,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 os.environ["KVJAX_COMPILE_CACHE"] = "0"
-
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 30_000
