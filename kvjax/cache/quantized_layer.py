@@ -85,10 +85,8 @@ class QuantizedLayer:
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """The slots are those of sinks and ring, then those that are packed, a group after the other."""
-        packed = self.sinks + jnp.arange(self.k_codes.shape[3] * self.k_codec.group)[None]
-        packed = jnp.where(packed < self.sinks + self.packed[:, None], packed, -1)
         ring = self._ring(self.length)
-        return jnp.concatenate([jnp.where(ring < length[:, None], ring, -1), packed], axis=1)
+        return jnp.concatenate([jnp.where(ring < length[:, None], ring, -1), self._coded(self.packed)], axis=1)
 
     def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
         """Keys and values in the slots that `held` speaks of."""
@@ -124,6 +122,11 @@ class QuantizedLayer:
         newest, slot = self._newest(end), jnp.arange(self.k.shape[1])[None]
         here = jnp.where(slot < self.sinks, newest < end[:, None], newest >= self.sinks + self.packed[:, None])
         return jnp.where(here, newest, -1)
+
+    def _coded(self, packed: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
+        """The position that each slot of the groups holds when `packed` tokens are in them, -1 where none."""
+        nth = jnp.arange(self.k_codes.shape[3] * self.k_codec.group)[None]
+        return jnp.where(nth < packed[:, None], self.sinks + nth, -1)
 
     def _pick(self, pool, inside: Int[Array, "batch"], index: Int[Array, "batch tokens"]):
         """Tokens of a row by index: those below `inside` from the slots, others from behind them."""
@@ -187,8 +190,7 @@ class QuantizedLayer:
 
     def _see(self, q, full, positions, packed: Int[Array, "batch"], mask: Mask):
         """Attend to keys, values and positions in full, and to the first `packed` tokens after the sinks."""
-        nth = jnp.arange(self.k_codes.shape[3] * self.k_codec.group)[None]
-        slots = jnp.where(nth < packed[:, None], self.sinks + nth, -1)
+        slots = self._coded(packed)
 
         def folded(q, full, positions, slots):
             k = self.k_codec, self.k_codes, self.k_scales, self.k_centres

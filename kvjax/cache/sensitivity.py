@@ -152,10 +152,8 @@ def _start(model, params, context, rest) -> tuple[Cache, Float[Array, "batch res
 @partial(jax.jit, static_argnames="count")
 def _coarse(empty: QuantizedLayer, full: DenseLayer, count: int) -> tuple[Array, Array]:
     """The buffers of `full` with what is left of its first `count` tokens in a layer that coded them."""
-    batch, (_, slots, dim) = full.positions.shape[0], full.k.shape
-    k, v = (x[:, :count].reshape(batch, -1, count, dim).swapaxes(1, 2) for x in (full.k, full.v))
-    positions = full.positions[:, :count]
-    layer = empty.attend(jnp.zeros_like(k), k, v, positions, positions >= 0, Mask(1.0))[2]
+    batch, slots = full.positions.shape
+    layer = empty.take(full.k[:, :count], full.v[:, :count], full.positions[:, :count], Mask(1.0), full)
     held = layer.held(jnp.full(batch, count))
     to = jnp.where(held < 0, slots, held)
 
