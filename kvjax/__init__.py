@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from kvjax.version import __version__
 
 if TYPE_CHECKING:
-    from kvjax import cache, decode
+    from kvjax import cache, decode, draft
     from kvjax.cache import Cache, fork, nbytes
     from kvjax.config import ModelConfig, Precision, Rope
     from kvjax.decode import Output, Sampling, decode_step, forward, generate, prefill, stream
+    from kvjax.draft import speculate
     from kvjax.model import Transformer, init_params, param_shapes
     from kvjax.weights import load, restore, restore_store, save, save_model, save_store
 
@@ -19,11 +20,12 @@ _HOMES = {
     "kvjax.cache": ("Cache", "fork", "nbytes"),
     "kvjax.config": ("ModelConfig", "Precision", "Rope"),
     "kvjax.decode": ("Output", "Sampling", "decode_step", "forward", "generate", "prefill", "stream"),
+    "kvjax.draft": ("speculate",),
     "kvjax.model": ("Transformer", "init_params", "param_shapes"),
     "kvjax.weights": ("load", "restore", "restore_store", "save", "save_model", "save_store"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_ROOMS = ("cache", "decode")
+_ROOMS = ("cache", "decode", "draft")
 
 __all__ = [
     "Cache",
@@ -37,6 +39,7 @@ __all__ = [
     "cache",
     "decode",
     "decode_step",
+    "draft",
     "fork",
     "forward",
     "generate",
@@ -50,6 +53,7 @@ __all__ = [
     "save",
     "save_model",
     "save_store",
+    "speculate",
     "stream",
 ]
 

@@ -48,6 +48,30 @@ class LayerCache(Protocol):
         """Attend queries to all that is kept, and take nothing in: `attend`'s first two results."""
         ...
 
+    def ahead(
+        self,
+        q: Float[Array, "batch width heads head_dim"],
+        k: Float[Array, "batch width kv_heads head_dim"],
+        v: Float[Array, "batch width kv_heads head_dim"],
+        positions: Int[Array, "batch width"],
+        valid: Bool[Array, "batch width"],
+        mask: Mask,
+    ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
+        """`attend`'s first two results, had the tokens come one at a time; nothing is taken in.
+
+        The cache is open, as for `look`. Holds for as many tokens as `steady` says.
+        """
+        ...
+
+    def steady(self) -> Int[Array, "batch"] | None:
+        """Tokens that `ahead` can be right about, and `attend` take in at once as if one by one; None for any number."""
+        ...
+
+    @property
+    def by_token(self) -> bool:
+        """Whether `attend` must take in tokens one at a time to keep what it would keep of each."""
+        ...
+
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "rows slots"]:
         """The position that each slot holds when rows have taken in `length` tokens, -1 where none.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
+from kvjax.cache.ahead import look_ahead
 from kvjax.cache.attention import Mask, attend, attend_blocks, by_head, merge
 from kvjax.cache.feed import feed
 from kvjax.cache.folded import attend_folded
@@ -72,7 +73,7 @@ class QuantizedLayer:
             at = self._slot(start)
             layer = replace(self, k=write(self.k, k, at, valid), v=write(self.v, v, at, valid), length=end)
             layer = layer._pack((layer.k, layer.v), end, 1)
-            return *layer.look(q, positions, mask), layer
+            return *replace(layer, packed=self.packed).look(q, positions, mask), layer  # as for more: packed after
         pool = tuple(jnp.concatenate(pair, axis=1) for pair in ((self.k, k), (self.v, v)))
         ring = self._pick(pool, start, self._newest(end))
         layer = replace(self, k=ring[0], v=ring[1], length=end)._pack(pool, start, q.shape[1])
@@ -82,6 +83,17 @@ class QuantizedLayer:
 
     def look(self, q, positions, mask: Mask):
         return self._see(q, (self.k, self.v, self._ring(self.length)), positions, self.packed, mask)
+
+    def ahead(self, q, k, v, positions, valid, mask: Mask):
+        return look_ahead(self.look, q, k, v, positions, valid, mask, self.k.dtype)
+
+    def steady(self) -> Int[Array, "batch"]:
+        """Up to the token that completes a group, which it still sees in full."""
+        return self.k_codec.group - (self.length - self.sinks - self.residual - self.packed)
+
+    @property
+    def by_token(self) -> bool:
+        return False
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """The slots are those of sinks and ring, then those that are packed, a group after the other."""

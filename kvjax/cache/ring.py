@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.cache.ahead import look_ahead
 from kvjax.cache.attention import Mask, attend, by_head, merge
 from kvjax.cache.base import LayerSpec, Strategy, check_dtype
 from kvjax.cache.dense import Dense, DenseLayer
@@ -51,6 +52,16 @@ class RingLayer:
     def _narrowed(self, mask: Mask) -> Mask:
         window = self.window if mask.window is None else min(mask.window, self.window)
         return replace(mask, window=window, sinks=self.sinks)
+
+    def ahead(self, q, k, v, positions, valid, mask: Mask):
+        return look_ahead(self.look, q, k, v, positions, valid, self._narrowed(mask), self.k.dtype)
+
+    def steady(self) -> None:
+        return None
+
+    @property
+    def by_token(self) -> bool:
+        return False
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         return jnp.where(self.positions < length[:, None], self.positions, -1)

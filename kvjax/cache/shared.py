@@ -47,6 +47,17 @@ class SharedLayer:
     def look(self, q, positions, mask: Mask):
         return merge(self._before(q, positions, mask), self.inner.look(q, positions - self.start, mask))
 
+    def ahead(self, q, k, v, positions, valid, mask: Mask):
+        own = self.inner.ahead(q, k, v, positions - self.start, valid, mask)
+        return merge(self._before(q, positions, mask), own)
+
+    def steady(self) -> Int[Array, "batch"] | None:
+        return self.inner.steady()
+
+    @property
+    def by_token(self) -> bool:
+        return self.inner.by_token
+
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "rows slots"]:
         """The prefix's slots, which every row sees, before the row's own."""
         assert self.start is not None, "an open layer"

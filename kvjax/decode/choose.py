@@ -15,14 +15,14 @@ def choose(
     logits: Logits,
     rules: Rules,
     positions: Int[Array, "batch"],
-    step: Int[Array, ""],
+    made: Int[Array, "batch"],
     seen: Bool[Array, "batch vocab"],
     counts: Int[Array, "batch vocab"],
 ) -> Int[Array, "batch"]:
     """Choose each row's next token from float32 logits.
 
     The draw depends on the row's key and the token's `positions`, and on nothing else in the batch.
-    `seen` marks the tokens of prompt and output, `counts` those of the output.
+    `made` counts the tokens that a row has; `seen` marks those of prompt and output, `counts` those of the output.
     """
     logits = penalise(logits, rules, seen, counts)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -31,7 +31,8 @@ def choose(
     )
     token = jnp.where(rules.temperature > 0, drawn, best)
     width = rules.forced.shape[1]
-    forced = jnp.where(step < width, rules.forced[:, jnp.minimum(step, width - 1)], -1)
+    forced = jnp.take_along_axis(rules.forced, jnp.minimum(made, width - 1)[:, None], axis=1)[:, 0]
+    forced = jnp.where(made < width, forced, -1)
     return jnp.where(forced >= 0, forced, token)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ class Output(NamedTuple):
     `tokens` are the new ones, -1 past each row's `lengths`; `logprobs` are of the model's own distribution,
     in nats; `reason` says by its number in `REASONS` why the row ended. The cache holds all but each row's
     last token: to go on, give that one (`last`) as the next prompt, alone or with more after it. `store` is the prefix
-    store that now keeps these rows too, if one was given.
+    store that now keeps these rows too, if one was given; `speculated` says how speculation went, if there was any.
     """
 
     tokens: Int[Array, "batch new"]
@@ -34,6 +34,7 @@ class Output(NamedTuple):
     cache: Cache
     reason: Int[Array, "batch"]
     store: PrefixStore | None = None
+    speculated: Any = None
 
     @property
     def last(self) -> Int[Array, "batch one"]:
@@ -77,9 +78,9 @@ def generate(
         ValueError: for what `prefill` refuses, `max_new` below 1, too small a cache, or a store that is not its.
         FloatingPointError: if a row's logits were not finite, with the row and the step.
     """
-    begun = _start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store)
+    begun = start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, "generate")
     state = decoding.advance(model, params, begun.state, begun.rules, max_new)
-    return _finish(begun, state, max_new)
+    return finish(begun, state, max_new, "generate")
 
 
 def stream(
@@ -99,7 +100,7 @@ def stream(
 
     The same tokens by the same compiled loop. The next step is under way while the caller has the last.
     """
-    begun = _start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store)
+    begun = start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, "stream")
     state, ready = begun.state, begun.ready
     while True:
         state, *ahead = decoding.step(model, params, state, begun.rules)
@@ -108,54 +109,59 @@ def stream(
             if (now.tokens >= 0).any():
                 yield now
             if (now.reason != decoding.RUNNING).all():
-                return _finish(begun, state, max_new)
+                return finish(begun, state, max_new, "stream")
         ready = ahead
 
 
-class _Begun(NamedTuple):
-    """A generation after its prompts; `ready` is the first `Step`, if there is one, and `prompts` are for the store."""
+class Begun(NamedTuple):
+    """A generation after its prompts, `tokens` and `lengths` of them; `ready` is the first `Step`, if there is one.
+
+    `prompts` are for the store.
+    """
 
     state: State
     rules: Rules
     ready: tuple[Array, ...] | None
     store: PrefixStore | None
     prompts: list[list[int]]
+    tokens: Tokens
+    lengths: Lengths
 
 
-def _start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store) -> _Begun:
+def start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, where: str) -> Begun:
     """Prefill and the first token; a prompt of one token is left to the loop."""
     if not isinstance(max_new, (int, np.integer)) or max_new < 1:
-        raise ValueError(f"generate: `max_new` must be at least 1, a whole number, got {max_new!r}")
-    tokens, lengths = as_prompts(model, cache if store is None else None, tokens, lengths, "generate")
+        raise ValueError(f"{where}: `max_new` must be at least 1, a whole number, got {max_new!r}")
+    tokens, lengths = as_prompts(model, cache if store is None else None, tokens, lengths, where)
     batch, vocab = tokens.shape[0], model.config.vocab
     settings = rules(sampling, batch=batch, vocab=vocab, max_new=max_new, key=key, tokenizer=tokenizer)
-    seen = _seen(tokens, lengths, vocab)
+    seen, texts = _seen(tokens, lengths, vocab), (tokens, lengths)
     prompts = []
     if store is not None:
-        check(cache, model, batch, "generate")
+        check(cache, model, batch, where)
         if traced(tokens, lengths, cache.length, settings.limit):
-            raise ValueError("generate: `store` is an index on the host, and cannot be used inside `jit`")
+            raise ValueError(f"{where}: `store` is an index on the host, and cannot be used inside `jit`")
         prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
         store, cache, rest = reuse(store, cache, prompts, np.asarray(settings.limit) - 1)
-        tokens, lengths = as_prompts(model, cache, rest, None, "generate")
-    _check_room(cache, lengths, settings)
+        tokens, lengths = as_prompts(model, cache, rest, None, where)
+    _check_room(cache, lengths, settings, where)
     room = power_of_two(max_new)
     if tokens.shape[1] == 1:
         state = decoding.begin(cache, jnp.asarray(tokens[:, 0]), seen, room)
-        return _Begun(state, settings, None, store, prompts)
+        return Begun(state, settings, None, store, prompts, *texts)
     logits, cache = fill(model, params, cache, tokens, lengths)
     state = decoding.begin(cache, jnp.asarray(np.zeros(batch, np.int32)), seen, room)
     state, *ready = decoding.first(state, settings, logits)
-    return _Begun(state, settings, tuple(ready), store, prompts)
+    return Begun(state, settings, tuple(ready), store, prompts, *texts)
 
 
-def _finish(begun: _Begun, state: State, max_new: int) -> Output:
+def finish(begun: Begun, state: State, max_new: int, where: str) -> Output:
     if not traced(state.reason):
         failed = np.flatnonzero(np.asarray(state.reason) == decoding.NOT_FINITE)
         if failed.size:
             row = int(failed[0])
             raise FloatingPointError(
-                f"generate: the logits of row {row} were not finite at step {int(state.lengths[row])} "
+                f"{where}: the logits of row {row} were not finite at step {int(state.lengths[row])} "
                 f"(position {int(state.cache.length[row])}); rows concerned: {failed.tolist()}"
             )
     tokens, logprobs = state.tokens, state.logprobs
@@ -169,12 +175,12 @@ def _finish(begun: _Begun, state: State, max_new: int) -> Output:
     return Output(tokens, state.lengths, logprobs, cache, state.reason, store)
 
 
-def _check_room(cache: Cache, lengths, settings: Rules) -> None:
+def _check_room(cache: Cache, lengths, settings: Rules, where: str) -> None:
     """All but the last new token go into the cache."""
     if traced(cache.length, lengths, settings.limit):
         return
     if why := cache.strategy.need(cache, np.asarray(lengths) + np.asarray(settings.limit) - 1):
-        raise ValueError(f"generate: held, prompt and new tokens {why}: make it larger, or `max_new` smaller")
+        raise ValueError(f"{where}: held, prompt and new tokens {why}: make it larger, or `max_new` smaller")
 
 
 def _seen(tokens, lengths, vocab: int):

@@ -26,7 +26,7 @@ class State:
     """A generation under way. The cache holds every token but each row's newest, `pending`.
 
     `tokens` and `logprobs` fill from the left, -1 and 0 past a row's `lengths`; `logprobs` are of the
-    model's own distribution, before penalties and filters, in nats. `step` counts tokens a row could have.
+    model's own distribution, before penalties and filters, in nats. `step` counts the loop's turns.
     """
 
     cache: Cache
@@ -71,17 +71,25 @@ def emit(state: State, rules: Rules, logits: Float[Array, "batch vocab"]) -> Sta
 
     A row whose logits are not all finite ends without a token.
     """
+    state = emit_at(state, rules, logits, state.cache.length, state.running)
+    return replace(state, step=state.step + 1)
+
+
+def emit_at(
+    state: State,
+    rules: Rules,
+    logits: Float[Array, "batch vocab"],
+    positions: Int[Array, "batch"],
+    wanted: Bool[Array, "batch"],
+) -> State:
+    """`emit` for the rows `wanted`, where the new tokens will be at `positions`; looks at no cache."""
     logits = logits.astype(jnp.float32)
     finite = jnp.isfinite(logits).all(-1)
-    active = state.running & finite
-    token = choose(logits, rules, state.cache.length, state.step, state.seen, state.counts)
+    running = state.running & wanted
+    active = running & finite
+    token = choose(logits, rules, positions, state.lengths, state.seen, state.counts)
     logprob = jnp.take_along_axis(logits, token[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-
-    def column(table, value):
-        at = (jnp.int32(0), state.step)
-        old = jax.lax.dynamic_slice(table, at, (table.shape[0], 1))
-        return jax.lax.dynamic_update_slice(table, jnp.where(active[:, None], value[:, None], old), at)
-
+    here = (jnp.arange(state.tokens.shape[1])[None] == state.lengths[:, None]) & active[:, None]
     rows = jnp.arange(token.shape[0])
     lengths = state.lengths + active.astype(jnp.int32)
     matched, met = _follow(state.matched, rules, token)
@@ -91,11 +99,10 @@ def emit(state: State, rules: Rules, logits: Float[Array, "batch vocab"]) -> Sta
     return replace(
         state,
         pending=jnp.where(active, token, state.pending),
-        tokens=column(state.tokens, token),
-        logprobs=column(state.logprobs, logprob),
+        tokens=jnp.where(here, token[:, None], state.tokens),
+        logprobs=jnp.where(here, logprob[:, None], state.logprobs),
         lengths=lengths,
-        reason=jnp.where(state.running, jnp.where(finite, reason, NOT_FINITE), state.reason),
-        step=state.step + 1,
+        reason=jnp.where(running, jnp.where(finite, reason, NOT_FINITE), state.reason),
         seen=state.seen.at[rows, token].max(active),
         counts=state.counts.at[rows, token].add(active.astype(jnp.int32)),
         matched=jnp.where(active, matched, state.matched),
@@ -123,12 +130,12 @@ def step(
 @partial(jax.jit, donate_argnames="state")
 def first(state: State, rules: Rules, logits: Float[Array, "batch vocab"]):
     """Choose the first tokens, from the prompt's logits; returns what `step` does."""
-    return _report(emit(state, rules, logits), state.step)
+    return _report(emit(state, rules, logits), state.lengths)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _advance(model, params, state: State, rules: Rules, steps):
-    begun = state.step
+    begun, had = state.step, state.lengths
 
     def unfinished(state: State):
         return state.running.any() & (state.step < begun + steps)
@@ -138,14 +145,13 @@ def _advance(model, params, state: State, rules: Rules, steps):
         logits, cache = cached(model, params, state.pending[:, None], lengths, state.cache)
         return emit(replace(state, cache=cache), rules, logits)
 
-    return _report(jax.lax.while_loop(unfinished, body, state), begun)
+    return _report(jax.lax.while_loop(unfinished, body, state), had)
 
 
-def _report(state: State, begun: Int[Array, ""]):
-    """The state, and copies of the column written last, -1 if none was since `begun`."""
-    at = jnp.maximum(state.step - 1, 0)
-    token, logprob = (jax.lax.dynamic_index_in_dim(x, at, 1, keepdims=False) for x in (state.tokens, state.logprobs))
-    fresh = state.step > begun
+def _report(state: State, had: Int[Array, "batch"]):
+    """The state, and copies of each row's newest token and its logprob, -1 and 0 if it had as many before."""
+    at, fresh = jnp.maximum(state.lengths - 1, 0)[:, None], state.lengths > had
+    token, logprob = (jnp.take_along_axis(x, at, 1)[:, 0] for x in (state.tokens, state.logprobs))
     return state, jnp.where(fresh, token, -1), jnp.where(fresh, logprob, 0.0), state.reason + 0
 
 

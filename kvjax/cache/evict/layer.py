@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from kvjax.cache.ahead import one_by_one
 from kvjax.cache.attention import Mask, attend, by_head, merge, queries_by_head, queries_together
 from kvjax.cache.evict.knobs import Knobs, budgets, ranked, safe, vacant
 from kvjax.cache.evict.score import Score
@@ -78,6 +79,16 @@ class ByHead(ABC):
         heads = self.knobs.budget.shape[0]
         found = self._look(queries_by_head(q, heads), jnp.repeat(positions, heads, axis=0), mask)
         return tuple(queries_together(part, heads) for part in found)
+
+    def ahead(self, q, k, v, positions, valid, mask: Mask):
+        return one_by_one(self, q, k, v, positions, valid, mask)[:2]
+
+    def steady(self) -> None:
+        return None
+
+    @property
+    def by_token(self) -> bool:
+        return True
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "rows slots"]:
         length = jnp.repeat(length, self.knobs.budget.shape[0])[:, None]

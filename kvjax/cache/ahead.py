@@ -1,0 +1,120 @@
+"""Looking ahead: what tokens not yet taken in would attend to, and taking in those of them that turn out right.
+
+A speculating decoder asks what follows several guessed tokens at once. Nothing is written for a guess, so nothing has
+to be taken back: a cache of any strategy ends up as if only the right ones had ever come, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.attention import Mask, attend, by_head, merge
+from kvjax.cache.base import Cache, Strategy
+from kvjax.pytree import pytree, static
+
+
+@pytree
+class AheadLayer:
+    """A layer that shows what it holds and takes nothing in; what it would have taken is kept for `settle`."""
+
+    layer: Any
+    new: Any = None
+    mask: Mask | None = static(default=None)
+
+    @property
+    def limit(self) -> int | None:
+        return self.layer.limit
+
+    def attend(self, q, k, v, positions, valid, mask: Mask):
+        out, lse = self.layer.ahead(q, k, v, positions, valid, mask)
+        return out, lse, replace(self, new=(q, k, v), mask=mask)
+
+
+@dataclass(frozen=True)
+class Ahead(Strategy):
+    """The strategy of a cache that is looked at: `inner` is what it is made by."""
+
+    inner: Strategy
+
+    def open(self, cache: Cache, lengths):
+        """Every row has room, since none takes anything in."""
+        held = replace(cache, strategy=self.inner)
+        opened, _ = self.inner.open(held, jnp.zeros_like(lengths))
+        layers = tuple(AheadLayer(layer) for layer in opened.layers)
+        return replace(cache, layers=layers), jnp.zeros(cache.batch, bool)
+
+    def close(self, cache: Cache, layers, lengths) -> Cache:
+        return replace(cache, layers=layers)
+
+
+def ahead(cache: Cache) -> Cache:
+    """The cache for a model to look at; what comes back from the model is for `settle`."""
+    return replace(cache, strategy=Ahead(cache.strategy))
+
+
+def settle(cache: Cache, seen: Cache, lengths: Int[Array, "batch"]) -> tuple[Cache, Bool[Array, "batch"]]:
+    """Take in the first `lengths` of the tokens that the model scored on `ahead(cache)`, giving `seen`.
+
+    Returns:
+        The cache, as if they had come one at a time, and the rows that had no room and took in none.
+    """
+    opened, full = cache.opened(lengths)
+    lengths = jnp.where(full, 0, lengths)
+    layers = []
+    for layer, other in zip(opened.layers, seen.layers, strict=True):
+        q, k, v = other.new
+        offset = jnp.arange(q.shape[1])[None]
+        positions, valid = cache.length[:, None] + offset, offset < lengths[:, None]
+        take = one_by_one if layer.by_token else _at_once
+        layers.append(take(layer, q, k, v, positions, valid, other.mask)[2])
+    return opened.closed(tuple(layers), lengths), full
+
+
+def steady(cache: Cache) -> Int[Array, "batch"] | None:
+    """How many tokens a row can look ahead, its next one included, for what it sees to be what it would see then.
+
+    None where there is no bound.
+    """
+    bounds = [bound for layer in cache.layers if (bound := layer.steady()) is not None]
+    return reduce(jnp.minimum, bounds) if bounds else None
+
+
+def look_ahead(
+    look: Callable[..., tuple[Array, Array]],
+    q: Float[Array, "batch width heads head_dim"],
+    k: Float[Array, "batch width kv_heads head_dim"],
+    v: Float[Array, "batch width kv_heads head_dim"],
+    positions: Int[Array, "batch width"],
+    valid: Bool[Array, "batch width"],
+    mask: Mask,
+    dtype,
+) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
+    """`ahead` of a layer that holds new tokens as they are, in `dtype`: what it holds, and the new ones before each."""
+    fresh = attend(
+        q, by_head(k).astype(dtype), by_head(v).astype(dtype), positions, jnp.where(valid, positions, -1), mask
+    )
+    return merge(look(q, positions, mask), fresh)
+
+
+def one_by_one(layer: Any, q, k, v, positions, valid, mask: Mask):
+    """`attend`, a token after the other: what a layer needs that chooses what it keeps with every token."""
+
+    def step(layer, token):
+        q, k, v, at, keep = (x[:, None] for x in token)
+        out, lse, layer = layer.attend(q, k, v, at, keep, mask)
+        return layer, (out[:, 0], lse[:, 0])
+
+    by_time = tuple(x.swapaxes(0, 1) for x in (q, k, v, positions, valid))
+    layer, seen = jax.lax.scan(step, layer, by_time)
+    return *(x.swapaxes(0, 1) for x in seen), layer
+
+
+def _at_once(layer: Any, q, k, v, positions, valid, mask: Mask):
+    return layer.attend(q, k, v, positions, valid, mask)

@@ -1,0 +1,53 @@
+"""Several drafts, of which the first that has a guess is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kvjax.config import ModelConfig
+from kvjax.draft.base import View
+from kvjax.pytree import pytree
+
+
+@pytree
+class Chain:
+    """Each row has the guesses of the first of `drafts` that has any for it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+
+    drafts: tuple[Any, ...]
+
+    def __post_init__(self):
+        if isinstance(self.drafts, tuple) and not self.drafts:
+            raise ValueError("Chain: `drafts` must name at least one, got ()")
+
+    @property
+    def most(self) -> int:
+        return max(draft.most for draft in self.drafts)
+
+    def check(self, target: ModelConfig) -> None:
+        for draft in self.drafts:
+            draft.check(target)
+
+    def init(self, batch: int, size: int) -> tuple[Any, ...]:
+        return tuple(draft.init(batch, size) for draft in self.drafts)
+
+    def propose(self, own: tuple[Any, ...], view: View, want: Int[Array, ""]):
+        guess = jnp.full((view.length.shape[0], self.most), -1, jnp.int32)
+        count, after = jnp.zeros(view.length.shape, jnp.int32), []
+        for draft, state in zip(self.drafts, own, strict=True):
+            without = view.running & (count == 0)
+            new, found, state = draft.propose(state, view, jnp.where(without.any(), want, 0))
+            new = jnp.pad(new, ((0, 0), (0, self.most - new.shape[1])), constant_values=-1)
+            guess = jnp.where((count == 0)[:, None], new, guess)
+            count = jnp.where(count == 0, found, count)
+            after.append(state)
+        return guess, count, tuple(after)
+
+    def observe(self, own: tuple[Any, ...], view: View) -> tuple[Any, ...]:
+        return tuple(draft.observe(state, view) for draft, state in zip(self.drafts, own, strict=True))

@@ -1,0 +1,309 @@
+"""Speculative decoding: a draft guesses, the model checks all guesses at once, and what is right is kept.
+
+A guess counts as right where it is the token that `generate` would have chosen, drawn with the same key at the same
+position, so that a row gets the very tokens of `generate`, whatever the draft says. A guess that is certain of itself
+is kept as often as by rejection sampling (Leviathan et al. 2023, arXiv:2211.17192): with the token's probability.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from kvjax.cache.ahead import ahead, settle, steady
+from kvjax.cache.base import Cache
+from kvjax.decode import state as decoding
+from kvjax.decode.generation import Output, finish, start
+from kvjax.decode.prompts import Lengths, Tokens, traced
+from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
+from kvjax.decode.state import NOT_FINITE, State, emit, emit_at
+from kvjax.draft.base import Draft, View
+from kvjax.model import Params, Transformer, cached
+from kvjax.pytree import pytree
+
+PRIOR = 2.0, 3.0
+"""Guesses that a row is taken to have had right, and to have had, before any was checked."""
+
+MEMORY = 0.9
+"""What a row's record of right guesses keeps with each round of more."""
+
+FORGIVING = 1 - 1 / 64
+"""What it keeps with each round without a guess: a draft that was of no use is tried again, seldom."""
+
+
+@pytree
+class Speculated:
+    """How speculation went.
+
+    Args:
+        proposed, accepted: guesses checked, and those of them that were right, a row.
+        rounds: model calls with each number of guesses in `widths`.
+        costs: seconds of one such call, as measured; where nothing was, in steps. Give them to the next call.
+    """
+
+    proposed: Int[Array, "batch"]
+    accepted: Int[Array, "batch"]
+    rounds: Int[Array, "choices"]
+    widths: Int[Array, "choices"]
+    costs: Float[Array, "choices"]
+
+
+@pytree
+class Speculation:
+    """A speculating generation under way: what `State` is for `generate`, the draft's state and the next guesses."""
+
+    state: State
+    own: Any
+    text: Int[Array, "batch size"]
+    length: Int[Array, "batch"]
+    guess: Int[Array, "batch most"]
+    count: Int[Array, "batch"]
+    choice: Int[Array, ""]
+    right: Float[Array, "batch"]
+    checked: Float[Array, "batch"]
+    proposed: Int[Array, "batch"]
+    accepted: Int[Array, "batch"]
+    rounds: Int[Array, "choices"]
+
+
+def speculate(
+    model: Transformer,
+    params: Params,
+    cache: Cache,
+    tokens: Tokens,
+    lengths: Lengths | None = None,
+    *,
+    draft: Draft,
+    max_new: int,
+    key: Key[Array, ""] | None = None,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    tokenizer=None,
+    store=None,
+    costs: Sequence[float] | Float[Array, "choices"] | None = None,
+) -> Output:
+    """`generate`, with fewer calls of the model: the same tokens, up to rounding in its logits, faster where guesses hit.
+
+    How many guesses are checked at once, none included, is chosen anew each time, for the most tokens a second by
+    how often a row's guesses were right and by what each number costs.
+
+    Args:
+        draft: what guesses, such as `kvjax.draft.PromptLookup()`.
+        costs: what a call of the model with each number of guesses of `widths(draft)` takes, in any unit. None
+            measures it, on the first rounds.
+        **others: as `generate` takes them.
+    Returns:
+        What `generate` returns; `speculated` says how it went.
+    Raises:
+        ValueError: for what `generate` refuses, a draft that is not for this model, or `costs` that do not fit.
+    """
+    if not isinstance(draft, Draft):
+        raise ValueError(f"speculate: `draft` must be one of kvjax.draft's, got {draft!r}")
+    draft.check(model.config)
+    choices = widths(draft)
+    if costs is not None and np.shape(costs) != (len(choices),):
+        raise ValueError(
+            f"speculate: `costs` must have {len(choices)} entries, one for each of {choices} guesses, "
+            f"got shape {np.shape(costs)}"
+        )
+    begun = start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, "speculate")
+    spec = _begin(draft, begun.state, begun.tokens, begun.lengths, begun.ready is not None, len(choices))
+    run = partial(_speculate, model, params, draft, widths=choices)
+    if costs is None and not traced(begun.state.reason):
+        spec, costs = _measured(run, spec, begun.rules, choices)
+    paid = jnp.asarray(_guessed(choices) if costs is None else costs, jnp.float32)
+    spec = run(spec, begun.rules, paid, jnp.iinfo(jnp.int32).max)
+    how = Speculated(spec.proposed, spec.accepted, spec.rounds, jnp.asarray(choices, jnp.int32), paid)
+    return finish(begun, spec.state, max_new, "speculate")._replace(speculated=how)
+
+
+def widths(draft: Draft) -> tuple[int, ...]:
+    """The numbers of guesses that are checked at once: none, those that make a power of two with the token before, all.
+
+    Each is a program of its own inside the compiled loop.
+    """
+    return 0, *(n for n in (2**i - 1 for i in range(1, 16)) if n < draft.most), draft.most
+
+
+def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool, choices: int) -> Speculation:
+    """Before the first round: the text is the prompt and, if there is one already, the first new token."""
+    batch, width = tokens.shape
+    size = power_of_two(width + state.tokens.shape[1])
+    if isinstance(tokens, np.ndarray):
+        text = np.zeros((batch, size), np.int32)
+        text[:, :width] = tokens
+        text = jnp.asarray(text)
+    else:
+        text = jnp.pad(tokens, ((0, 0), (0, size - width)))
+    zeros = partial(np.zeros, dtype=np.int32)
+    spec = Speculation(
+        state=state,
+        own=draft.init(batch, size),
+        text=text,
+        length=jnp.asarray(lengths, jnp.int32),
+        guess=jnp.asarray(zeros((batch, draft.most))),
+        count=jnp.asarray(zeros(batch)),
+        choice=jnp.asarray(zeros(())),
+        right=jnp.asarray(np.zeros(batch, np.float32)),
+        checked=jnp.asarray(np.zeros(batch, np.float32)),
+        proposed=jnp.asarray(zeros(batch)),
+        accepted=jnp.asarray(zeros(batch)),
+        rounds=jnp.asarray(zeros(choices)),
+    )
+    return _first(spec) if has_first else spec
+
+
+@partial(jax.jit, donate_argnames="spec")
+def _first(spec: Speculation) -> Speculation:
+    return _grown(spec, spec.state.pending[:, None], spec.state.lengths)
+
+
+def _measured(run, spec: Speculation, rules: Rules, choices: tuple[int, ...]) -> tuple[Speculation, np.ndarray]:
+    """Rounds of each kind, timed on the host: what they make counts, and the first compiles and is not timed."""
+    seconds = np.full(len(choices), np.inf)
+    for i in (0, *range(len(choices)), *range(len(choices))):
+        only = jnp.asarray(np.where(np.arange(len(choices)) == i, 1.0, np.inf).astype(np.float32))
+        before = np.asarray(spec.rounds)
+        started = time.perf_counter()
+        spec = jax.block_until_ready(run(spec, rules, only, 2))
+        taken = time.perf_counter() - started
+        made = np.asarray(spec.rounds) - before
+        if made[i] == made.sum() > 0 and before.sum() > 0:
+            seconds[i] = min(seconds[i], taken / made[i])
+    return spec, _filled(seconds, choices)
+
+
+def _filled(seconds: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
+    """Measured costs; those that no row was long enough for, by `_guessed` from the measured ones."""
+    known, model = np.isfinite(seconds), np.array(_guessed(choices))
+    scale = (seconds[known] / model[known]).mean() if known.any() else 1.0
+    return np.where(known, seconds, model * scale).astype(np.float32)
+
+
+def _guessed(choices: tuple[int, ...]) -> list[float]:
+    """Costs in steps where none can be measured: a tenth of a step more for each guess."""
+    return [1 + n / 10 for n in choices]
+
+
+@partial(jax.jit, static_argnames=("model", "widths"), donate_argnames="spec")
+def _speculate(model, params, draft, spec: Speculation, rules: Rules, costs, rounds, *, widths: tuple[int, ...]):
+    """Up to `rounds` rounds. One loop for each number of guesses, inside one over them all, for XLA writes a cache in
+    place in a loop and copies it in a branch."""
+    most = spec.rounds.sum() + jnp.minimum(rounds, jnp.iinfo(jnp.int32).max - spec.rounds.sum())
+
+    def going(spec: Speculation):
+        return spec.state.running.any() & (spec.rounds.sum() < most)
+
+    def turn(spec: Speculation) -> Speculation:
+        for i, width in enumerate(widths):
+            one = partial(_plain, model, params, rules) if width == 0 else partial(_round, model, params, rules, width)
+
+            def body(spec: Speculation, one=one, i=i) -> Speculation:
+                spec = one(spec)
+                spec = replace(spec, rounds=spec.rounds.at[i].add(1))
+                return _plan(draft, spec, rules, costs, widths)
+
+            spec = jax.lax.while_loop(lambda spec, i=i: going(spec) & (spec.choice == i), body, spec)
+        return spec
+
+    return jax.lax.while_loop(going, turn, _plan(draft, spec, rules, costs, widths))
+
+
+def _plain(model, params, rules: Rules, spec: Speculation) -> Speculation:
+    """A step as `generate` makes it."""
+    state, had = spec.state, spec.state.lengths
+    logits, cache = cached(model, params, state.pending[:, None], state.running.astype(jnp.int32), state.cache)
+    state = emit(replace(state, cache=cache), rules, logits)
+    idle = jnp.full_like(spec.right, FORGIVING)
+    spec = replace(spec, state=state, right=spec.right * idle, checked=spec.checked * idle)
+    return _grown(spec, state.pending[:, None], state.lengths - had)
+
+
+def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Speculation:
+    """Check up to `width` guesses a row, and keep those that are what would have been chosen, and the token after."""
+    state, cache, had = spec.state, spec.state.cache, spec.state.lengths
+    guess, count = spec.guess[:, :width], jnp.minimum(spec.count, width)
+    tokens = jnp.concatenate([state.pending[:, None], guess], axis=1)
+    taken = jnp.where(state.running, 1 + count, 0)
+    logits, seen = model.apply({"params": params}, tokens, taken, ahead(cache))
+
+    def follow(carry: tuple[Any, ...]):
+        j, agreeing, state = carry
+        here = jax.lax.dynamic_index_in_dim(logits, j, axis=1, keepdims=False)
+        new = emit_at(state, rules, here, cache.length + 1 + j, agreeing)
+        told = jax.lax.dynamic_index_in_dim(guess, jnp.minimum(j, width - 1), axis=1, keepdims=False)
+        agreeing &= (new.lengths > state.lengths) & new.running & (j < count) & (new.pending == told)
+        return j + 1, agreeing, new
+
+    begun = jnp.zeros((), jnp.int32), state.running, replace(state, cache=None)
+    ended = jax.lax.while_loop(lambda carry: carry[1].any(), follow, begun)[2]
+    made = ended.lengths - had
+    cache, full = settle(cache, seen, made)
+    reason = jnp.where(full & state.running, NOT_FINITE, ended.reason)
+    state = replace(ended, cache=cache, reason=reason, step=state.step + 1)
+    hit = jnp.maximum(made - 1, 0)
+    tried = jnp.minimum(hit + 1, count)
+    keep = jnp.where(count > 0, MEMORY, FORGIVING)
+    spec = replace(
+        spec,
+        state=state,
+        right=spec.right * keep + hit.astype(jnp.float32),
+        checked=spec.checked * keep + tried.astype(jnp.float32),
+        proposed=spec.proposed + count,
+        accepted=spec.accepted + hit,
+    )
+    last = jnp.arange(width + 1)[None] == (made - 1)[:, None]
+    new = jnp.where(last, state.pending[:, None], jnp.pad(guess, ((0, 0), (0, 1))))
+    return _grown(spec, new, made)
+
+
+def _grown(spec: Speculation, new: Int[Array, "batch width"], count: Int[Array, "batch"]) -> Speculation:
+    """With each row's first `count` of `new` at the end of its text."""
+    nth = jnp.arange(spec.text.shape[1])[None] - spec.length[:, None]
+    put = jnp.take_along_axis(new, jnp.clip(nth, 0, new.shape[1] - 1), axis=1)
+    text = jnp.where((nth >= 0) & (nth < count[:, None]), put, spec.text)
+    return replace(spec, text=text, length=spec.length + count)
+
+
+def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[int, ...]) -> Speculation:
+    """The next guesses, and how many of them are worth checking."""
+    state = spec.state
+    view = View(
+        text=spec.text,
+        length=spec.length,
+        running=state.running,
+        position=state.cache.length + 1,
+        made=state.lengths,
+        seen=state.seen,
+        counts=state.counts,
+        rules=rules,
+    )
+    own = draft.observe(spec.own, view)
+    room = jnp.where(state.running, rules.limit - state.lengths - 1, 0)  # the last token needs no guess after it
+    if (bound := steady(state.cache)) is not None:
+        room = jnp.minimum(room, bound - 1)
+    room = jnp.maximum(room, 0)
+    chance = (spec.right + PRIOR[0]) / (spec.checked + PRIOR[1])
+    sizes = jnp.array(widths, jnp.int32)
+    want = sizes[_best(chance, room, state.running, costs, widths)]
+    guess, count, own = draft.propose(own, view, want)
+    count = jnp.minimum(jnp.where(state.running, count, 0), room)
+    choice = _best(chance, count, state.running, costs, widths)
+    return replace(spec, own=own, guess=guess, count=jnp.minimum(count, sizes[choice]), choice=choice)
+
+
+def _best(chance: Float[Array, "batch"], count: Int[Array, "batch"], running, costs, widths: tuple[int, ...]):
+    """The number of guesses that makes the most tokens for its cost, if a row's next guess is right with `chance`."""
+    power = jnp.cumprod(jnp.broadcast_to(chance[:, None], (*chance.shape, max(widths))), axis=1)
+    able = jnp.arange(1, max(widths) + 1)[None] <= count[:, None]
+    sums = jnp.cumsum(jnp.where(able, power, 0.0), axis=1)
+    sums = jnp.concatenate([jnp.zeros((chance.shape[0], 1)), sums], axis=1)[:, jnp.array(widths)]
+    expected = jnp.where(running[:, None], 1 + sums, 0.0).sum(0)
+    return jnp.argmax(expected / costs).astype(jnp.int32)
