@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "cache_quality": "experiments.cache_quality",
     "cache_speed": "experiments.cache_speed",
     "compile_cpu": "experiments.compile_cpu",
+    "decode": "experiments.decode",
     "gpu_attention": "experiments.gpu_attention",
     "prefix_trace": "experiments.prefix_trace",
 }

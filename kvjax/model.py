@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.cache.attention import Mask, attend, by_head
-from kvjax.cache.base import Cache, LayerCache
+from kvjax.cache.base import Attends, Cache
 from kvjax.config import ModelConfig, Precision
 from kvjax.product import product
 from kvjax.rope import rotate
@@ -82,8 +82,8 @@ class Block(nn.Module):
         x: Float[Array, "batch width hidden"],
         positions: Int[Array, "batch width"],
         valid: Bool[Array, "batch width"],
-        layer: LayerCache | None,
-    ) -> tuple[Float[Array, "batch width hidden"], LayerCache | None]:
+        layer: Attends | None,
+    ) -> tuple[Float[Array, "batch width hidden"], Attends | None]:
         c = self.config
         out, layer = self._attention(Norm(c, name="attention_norm")(x), positions, valid, layer)
         x = x + (Norm(c, name="post_attention_norm")(out) if c.post_norms else out)
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
         params = self.get_variable("params", "layers")  # `self.param` would trace every layer's initializer again
         if params is None:
             params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)
-        layers: list[LayerCache | None] = [None] * c.layers if cache is None else list(cache.layers)
+        layers: list[Attends | None] = [None] * c.layers if cache is None else list(cache.layers)
         for i, block in enumerate(blocks):
             x, layers[i] = _apply_block(block, params[i], x, positions, valid, layers[i])
 
@@ -212,7 +212,7 @@ def cached(
 @partial(jax.jit, static_argnames="block")
 def _apply_block(block: Block, params: Params, x, positions, valid, layer):
     """One layer, traced once for all that are alike; XLA still sees every layer unrolled."""
-    return cast("tuple[Array, LayerCache | None]", block.apply({"params": params}, x, positions, valid, layer))
+    return cast("tuple[Array, Attends | None]", block.apply({"params": params}, x, positions, valid, layer))
 
 
 @partial(jax.jit, static_argnames="model")

@@ -12,6 +12,7 @@ import numpy as np
 
 import kvjax
 from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared
+from kvjax.draft import DraftModel, PromptLookup, widths
 
 CACHES = {
     "Dense()": Dense(),
@@ -63,6 +64,23 @@ def _sampled(model, params, cache, tokens, lengths, new):
     return np.asarray(out.tokens)
 
 
+def _looked_up(model, params, cache, tokens, lengths, new):
+    return _speculated(PromptLookup(k=2, shortest=1), model, params, cache, tokens, lengths, new)
+
+
+def _drafted(model, params, cache, tokens, lengths, new):
+    """By a model that is often right, and often wrong."""
+    off = jax.tree.map(lambda x: x + 0.03 * x.std() * jax.random.normal(jax.random.key(1), x.shape), params)
+    return _speculated(DraftModel(model, off, k=2), model, params, cache, tokens, lengths, new)
+
+
+def _speculated(draft, model, params, cache, tokens, lengths, new):
+    same_costs = [1.0] * len(widths(draft))  # as many guesses as there are, whatever they cost here
+    out = kvjax.speculate(model, params, cache, tokens, lengths, draft=draft, max_new=new, costs=same_costs)
+    assert (out.speculated.proposed > 0).any()
+    return np.asarray(out.tokens)
+
+
 def _resumed(model, params, cache, tokens, lengths, new):
     first = kvjax.generate(model, params, cache, tokens, lengths, max_new=new // 2)
     rest = kvjax.generate(model, params, first.cache, first.last, max_new=new - new // 2)
@@ -76,6 +94,8 @@ DECODERS = {
     "`generate`, in your own `jit`": _traced,
     "`generate`, resumed": _resumed,
     "`stream`": _stream,
+    "`speculate`, `PromptLookup`": _looked_up,
+    "`speculate`, `DraftModel`": _drafted,
 }
 
 UNSUPPORTED: dict[tuple[str, str], str] = {}

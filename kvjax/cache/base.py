@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class LayerCache(Protocol):
-    """One layer's keys and values, however they are stored. A pytree; every method returns a new one."""
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens a row can hold, or None if older ones make room."""
+class Attends(Protocol):
+    """What the model asks of a layer's cache."""
 
     def attend(
         self,
@@ -34,13 +30,22 @@ class LayerCache(Protocol):
         positions: Int[Array, "batch width"],
         valid: Bool[Array, "batch width"],
         mask: Mask,
-    ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"], LayerCache]:
+    ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"], Attends]:
         """Take in new tokens and attend their queries to all that is kept, themselves included.
 
         Only tokens with `valid` are kept; `positions` of a row are consecutive. Returns `out`, the
         log-sum-exp of each query's logits in float32 nats, and the layer that holds the new tokens.
         """
         ...
+
+
+@runtime_checkable
+class LayerCache(Attends, Protocol):
+    """One layer's keys and values, however they are stored. A pytree; every method returns a new one."""
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens a row can hold, or None if older ones make room."""
 
     def look(
         self, q: Float[Array, "batch width heads head_dim"], positions: Int[Array, "batch width"], mask: Mask

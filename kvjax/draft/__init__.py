@@ -4,7 +4,7 @@ from kvjax.draft.base import Draft, View
 from kvjax.draft.chain import Chain
 from kvjax.draft.lookup import PromptLookup
 from kvjax.draft.model import DraftModel
-from kvjax.draft.speculation import Speculated, Speculation, speculate, widths
+from kvjax.draft.speculation import Speculated, Speculation, speculate, stream, widths
 
 __all__ = [
     "Chain",
@@ -15,5 +15,6 @@ __all__ = [
     "Speculation",
     "View",
     "speculate",
+    "stream",
     "widths",
 ]

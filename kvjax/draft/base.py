@@ -54,7 +54,7 @@ class Draft(Protocol):
         ...
 
     def observe(self, own: Any, view: View) -> Any:
-        """The state once the text has grown to what `view` shows."""
+        """The state once the text has grown to what `view` shows; called each time that it has."""
         ...
 
 

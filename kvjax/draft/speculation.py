@@ -8,7 +8,7 @@ is kept as often as by rejection sampling (Leviathan et al. 2023, arXiv:2211.171
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from kvjax.cache.ahead import ahead, settle, steady
 from kvjax.cache.base import Cache
 from kvjax.decode import state as decoding
-from kvjax.decode.generation import Output, finish, start
+from kvjax.decode.generation import Begun, Output, Step, finish, start
 from kvjax.decode.prompts import Lengths, Tokens, traced
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
 from kvjax.decode.state import NOT_FINITE, State, emit, emit_at
@@ -87,6 +87,7 @@ def speculate(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     tokenizer=None,
     store=None,
+    before: Sequence[Sequence[int]] | None = None,
     costs: Sequence[float] | Float[Array, "choices"] | None = None,
 ) -> Output:
     """`generate`, with fewer calls of the model: the same tokens, up to rounding in its logits, faster where guesses hit.
@@ -96,6 +97,7 @@ def speculate(
 
     Args:
         draft: what guesses, such as `kvjax.draft.PromptLookup()`.
+        before: what the cache holds of each row already, for the draft to look at: earlier turns of a chat, say.
         costs: what a call of the model with each number of guesses of `widths(draft)` takes, in any unit. None
             measures it, on the first rounds.
         **others: as `generate` takes them.
@@ -104,22 +106,84 @@ def speculate(
     Raises:
         ValueError: for what `generate` refuses, a draft that is not for this model, or `costs` that do not fit.
     """
+    begun, spec, run, choices = _opened(
+        model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
+    )
+    if costs is None and not traced(begun.state.reason):
+        spec, costs = _measured(run, spec, begun.rules, choices)
+    paid = _paid(costs, choices)
+    spec = run(spec, begun.rules, paid, jnp.iinfo(jnp.int32).max)
+    return _ended(begun, spec, paid, choices, max_new)
+
+
+def stream(
+    model: Transformer,
+    params: Params,
+    cache: Cache,
+    tokens: Tokens,
+    lengths: Lengths | None = None,
+    *,
+    draft: Draft,
+    max_new: int,
+    key: Key[Array, ""] | None = None,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    tokenizer=None,
+    store=None,
+    before: Sequence[Sequence[int]] | None = None,
+    costs: Sequence[float] | Float[Array, "choices"] | None = None,
+) -> Generator[Step, None, Output]:
+    """`speculate`, yielding tokens as they come, as `kvjax.stream` does: several at once where guesses were right.
+
+    Without `costs` they are taken to be a tenth of a step for each guess.
+    """
+    begun, spec, run, choices = _opened(
+        model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
+    )
+    paid, had = _paid(costs, choices), np.zeros(spec.length.shape, np.int32)
+    while True:
+        made, table, scores, reason = (
+            np.array(x) for x in (spec.state.lengths, spec.state.tokens, spec.state.logprobs, spec.state.reason)
+        )
+        for n in range(int((made - had).max())):
+            at, fresh = np.minimum(had + n, table.shape[1] - 1)[:, None], had + n < made
+            token, score = (np.take_along_axis(x, at, 1)[:, 0] for x in (table, scores))
+            ended = np.where(had + n + 1 < made, decoding.RUNNING, reason)
+            yield Step(np.where(fresh, token, -1), np.where(fresh, score, np.float32(0)), ended)
+        if (reason != decoding.RUNNING).all():
+            return _ended(begun, spec, paid, choices, max_new)
+        had, spec = made, run(spec, begun.rules, paid, 1)
+
+
+def _opened(
+    model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
+) -> tuple[Begun, Speculation, Callable, tuple[int, ...]]:
+    """After the prompts and before the first round: also what runs rounds, and the numbers of guesses it can check."""
     if not isinstance(draft, Draft):
         raise ValueError(f"speculate: `draft` must be one of kvjax.draft's, got {draft!r}")
     draft.check(model.config)
     choices = widths(draft)
+    if isinstance(cache, Cache) and cache.capacity is not None and draft.most >= cache.capacity:
+        raise ValueError(
+            f"speculate: the draft's `k` must be below the cache's capacity, {cache.capacity}, got {draft.most}"
+        )
     if costs is not None and np.shape(costs) != (len(choices),):
         raise ValueError(
             f"speculate: `costs` must have {len(choices)} entries, one for each of {choices} guesses, "
             f"got shape {np.shape(costs)}"
         )
     begun = start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, "speculate")
-    spec = _begin(draft, begun.state, begun.tokens, begun.lengths, begun.ready is not None, len(choices))
-    run = partial(_speculate, model, params, draft, widths=choices)
-    if costs is None and not traced(begun.state.reason):
-        spec, costs = _measured(run, spec, begun.rules, choices)
-    paid = jnp.asarray(_guessed(choices) if costs is None else costs, jnp.float32)
-    spec = run(spec, begun.rules, paid, jnp.iinfo(jnp.int32).max)
+    texts = begun.tokens, begun.lengths
+    if before is not None:
+        texts = _joined(before, *texts)
+    spec = _begin(draft, begun.state, *texts, begun.ready is not None, len(choices))
+    return begun, spec, partial(_speculate, model, params, draft, widths=choices), choices
+
+
+def _paid(costs, choices: tuple[int, ...]) -> Float[Array, "choices"]:
+    return jnp.asarray(_guessed(choices) if costs is None else costs, jnp.float32)
+
+
+def _ended(begun: Begun, spec: Speculation, paid, choices: tuple[int, ...], max_new: int) -> Output:
     how = Speculated(spec.proposed, spec.accepted, spec.rounds, jnp.asarray(choices, jnp.int32), paid)
     return finish(begun, spec.state, max_new, "speculate")._replace(speculated=how)
 
@@ -130,6 +194,19 @@ def widths(draft: Draft) -> tuple[int, ...]:
     Each is a program of its own inside the compiled loop.
     """
     return 0, *(n for n in (2**i - 1 for i in range(1, 16)) if n < draft.most), draft.most
+
+
+def _joined(before: Sequence[Sequence[int]], tokens, lengths):
+    """Rows of what was before and what is new, as one array, and their lengths."""
+    if traced(tokens, lengths):
+        raise ValueError("speculate: `before` is put together on the host, and cannot be used inside `jit`")
+    if len(before) != len(tokens):
+        raise ValueError(f"speculate: `before` must have {len(tokens)} rows, one a prompt, got {len(before)}")
+    rows = [[*old, *row[:length].tolist()] for old, row, length in zip(before, tokens, lengths, strict=True)]
+    table = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table, np.array([len(row) for row in rows], np.int32)
 
 
 def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool, choices: int) -> Speculation:

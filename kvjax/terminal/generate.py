@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import jax
 
@@ -11,7 +12,7 @@ import kvjax
 from kvjax.cli import Generate
 from kvjax.terminal.answer import Answer, speak
 from kvjax.terminal.interrupt import insisting
-from kvjax.terminal.session import Session, announce, new_cache, open_session, room_for, sampling
+from kvjax.terminal.session import Session, announce, new_cache, open_session, parse_draft, room_for, sampling
 from kvjax.terminal.status import dimmed, size, status
 
 
@@ -20,12 +21,14 @@ def run(command: Generate) -> int:
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     if not prompt:
         raise ValueError("the prompt is empty" + (" (nothing came on standard input)" if command.prompt == "-" else ""))
+    draft = parse_draft(command.draft) if command.draft else None
     session = open_session(command.where)
     ids = _encode(session, prompt, command.raw)
     capacity = room_for(session, command.where, len(ids), command.max_new)
     cache = new_cache(session, capacity)
     held = kvjax.nbytes(cache)
-    steps = kvjax.stream(
+    decode = kvjax.stream if draft is None else partial(kvjax.draft.stream, draft=draft)
+    steps = decode(
         session.model,
         session.params,
         cache,
@@ -56,6 +59,7 @@ def run(command: Generate) -> int:
 
 def figures(answer: Answer, session: Session, cache_bytes: int, prompt_tokens: int) -> dict:
     """What a script would read of an answer."""
+    how = None if answer.output is None else answer.output.speculated
     return {
         "reason": answer.reason,
         "prompt_tokens": prompt_tokens,
@@ -64,7 +68,7 @@ def figures(answer: Answer, session: Session, cache_bytes: int, prompt_tokens: i
         "first_token_s": answer.first_s,
         "ms_per_token": answer.ms_per_token,
         "cache_bytes": cache_bytes,
-    }
+    } | ({} if how is None else {"proposed": int(how.proposed[0]), "accepted": int(how.accepted[0])})
 
 
 def summary(report: dict) -> str:
@@ -74,6 +78,7 @@ def summary(report: dict) -> str:
         f"{report['new_tokens']} tokens",
         f"first after {report['first_token_s']:.2f} s (and {report['load_s']:.2f} s of loading)",
         "-" if pace is None else f"{pace:.1f} ms a token",
+        *([f"{report['accepted']} of {report['proposed']} guesses right"] if "proposed" in report else []),
         f"cache {size(report['cache_bytes'])}",
         f"ended by {report['reason']}",
     ]

@@ -15,6 +15,7 @@ from kvjax.cache import STRATEGIES, Cache, Strategy
 from kvjax.cli import Choice, Where
 from kvjax.compiler import persist
 from kvjax.decode import Sampling
+from kvjax.draft import Draft, DraftModel, PromptLookup
 from kvjax.model import Params, Transformer
 from kvjax.paths import cache_dir
 from kvjax.terminal.interrupt import insisting
@@ -77,6 +78,30 @@ def parse_strategy(text: str) -> Strategy:
         return kind(**chosen)
     except TypeError as error:
         raise ValueError(f"--cache: {text!r} has a setting of the wrong type: {error}") from error
+
+
+def parse_draft(text: str) -> Draft:
+    """A draft from `lookup` or `model:PATH`, and its settings after commas: `lookup:k=5`, `model:smollm2,k=3`.
+
+    Raises:
+        ValueError: naming what is not known, and what is.
+    """
+    name, _, rest = text.partition(":")
+    if name not in ("lookup", "model"):
+        raise ValueError(f"--draft: expected `lookup` or `model:PATH`, got {text!r}{_nearest(name, ('lookup', 'model'))}")
+    path, *parts = rest.split(",") if name == "model" else ("", *filter(None, rest.split(",")))
+    known, chosen = ("k",) if name == "model" else ("k", "longest", "shortest"), {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        if key not in known or not value.isdecimal():
+            raise ValueError(f"--draft: {name} has the settings {', '.join(known)}, whole numbers, got {part!r}")
+        chosen[key] = int(value)
+    if name == "lookup":
+        return PromptLookup(**chosen)
+    if not path:
+        raise ValueError("--draft: `model` needs a path or a hub id after the colon, as in model:smollm2")
+    model, params, _ = kvjax.load(path)
+    return DraftModel(model, params, **chosen)
 
 
 def sampling(choice: Choice, tokenizer: Tokenizer) -> Sampling:

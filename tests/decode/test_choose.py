@@ -74,7 +74,7 @@ def draws(sampling, logits, n=4000):
     settings = table(replace(sampling, seed=0), n)
     many = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, VOCAB))
     nothing = jnp.zeros((n, VOCAB), bool), jnp.zeros((n, VOCAB), jnp.int32)
-    return np.asarray(choose(many, settings, jnp.arange(n), jnp.int32(0), *nothing))
+    return np.asarray(choose(many, settings, jnp.arange(n), jnp.zeros(n, jnp.int32), *nothing))
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,28 @@ def _user_cache():
     from kvjax.paths import cache_dir
 
     return cache_dir()
+
+
+@pytest.mark.parametrize("how", ["lookup", "lookup:k=3,shortest=1", "model:{model},k=2"])
+def test_a_draft_changes_the_pace_and_not_the_answer(generate, model, how):
+    args = ("Hello Hello Hello", "--max-new", "24", "--raw")
+    result = parsed(generate(*args, "--json", "--draft", how.format(model=model)))
+    assert result["tokens"] == expected(model, "Hello Hello Hello", 24)
+    assert 0 <= result["accepted"] <= result["proposed"]
+    code, out, err = generate(*args, "--draft", how.format(model=model))
+    assert code == 0 and out == result["text"] + "\n"
+    assert f"{result['accepted']} of {result['proposed']} guesses right" in err
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("lokup", "expected `lookup` or `model:PATH`, got 'lokup'; did you mean 'lookup'?"),
+        ("lookup:n=3", "lookup has the settings k, longest, shortest, whole numbers, got 'n=3'"),
+        ("lookup:k=0", "`k` must be at least 1"),
+        ("model", "`model` needs a path"),
+    ],
+)
+def test_a_draft_that_is_none_is_refused_with_a_sentence(generate, how, words):
+    code, out, err = generate("Hello", "--draft", how)
+    assert code == 2 and words in err and not out
