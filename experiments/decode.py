@@ -7,6 +7,7 @@ by rounding at a near-tie is counted in `differing`.
 from __future__ import annotations
 
 import inspect
+import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import numpy as np
 
 import kvjax
 from experiments.registry import Progress, Row
+from experiments.run import spell
 from experiments.text import help_pages
 from kvjax.cache import Cache, Dense
 from kvjax.draft import Draft, PromptLookup
@@ -29,8 +31,8 @@ METHODS: dict[str, Draft] = {
 }
 """Ways to decode beside `generate`, by their drafts."""
 
-CODE = ("textwrap:dedent", "bisect:insort_right", "heapq:heapify", "shlex:join", "statistics:fmean", "fnmatch:filter")
-CODE += ("posixpath:commonprefix", "colorsys:rgb_to_hls")
+CODE = ("textwrap:indent", "shlex:quote", "statistics:median", "fnmatch:filter", "colorsys:rgb_to_hls", "glob:glob")
+CODE += ("textwrap:shorten", "string:capwords")
 """Functions of Python's own library."""
 
 TOPICS = ("a lighthouse keeper", "two rival bakers", "a lost satellite", "a village without clocks")
@@ -127,7 +129,9 @@ def run(config: Config, progress: Progress) -> list[Row]:
             for name, timing in turns.items():
                 if turn:
                     timings[name].append(timing)
-        rows += [_row(name, work, batch, timings, differing[name], costs[name]) for name in timings]
+        for name in timings:
+            rows.append(_row(name, work, batch, timings, differing[name], costs[name]))
+            print("  ".join(f"{key} {spell(value)}" for key, value in rows[-1].items()), file=sys.stderr, flush=True)
     return rows
 
 

@@ -71,7 +71,7 @@ def _looked_up(model, params, cache, tokens, lengths, new):
 def _drafted(model, params, cache, tokens, lengths, new):
     """By a model that is often right, and often wrong."""
     off = jax.tree.map(lambda x: x + 0.03 * x.std() * jax.random.normal(jax.random.key(1), x.shape), params)
-    return _speculated(DraftModel(model, off, k=2), model, params, cache, tokens, lengths, new)
+    return _speculated(DraftModel(model, off, k=1), model, params, cache, tokens, lengths, new)
 
 
 def _speculated(draft, model, params, cache, tokens, lengths, new):

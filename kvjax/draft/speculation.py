@@ -307,7 +307,8 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     """Check up to `width` guesses a row, and keep those that are what would have been chosen, and the token after."""
     state, cache, had = spec.state, spec.state.cache, spec.state.lengths
     guess, count = spec.guess[:, :width], jnp.minimum(spec.count, width)
-    tokens = jnp.concatenate([state.pending[:, None], guess], axis=1)
+    real = jnp.arange(width)[None] < count[:, None]
+    tokens = jnp.concatenate([state.pending[:, None], jnp.where(real, guess, 0)], axis=1)
     taken = jnp.where(state.running, 1 + count, 0)
     logits, seen = model.apply({"params": params}, tokens, taken, ahead(cache))
 
@@ -371,6 +372,8 @@ def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[in
     sizes = jnp.array(widths, jnp.int32)
     want = sizes[_best(chance, room, state.running, costs, widths)]
     guess, count, own = draft.propose(own, view, want)
+    none = (guess < 0) | (guess >= state.seen.shape[1])
+    count = jnp.minimum(count, jnp.where(none.any(1), jnp.argmax(none, axis=1).astype(jnp.int32), draft.most))
     count = jnp.minimum(jnp.where(state.running, count, 0), room)
     choice = _best(chance, count, state.running, costs, widths)
     return replace(spec, own=own, guess=guess, count=jnp.minimum(count, sizes[choice]), choice=choice)
