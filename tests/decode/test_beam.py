@@ -114,6 +114,15 @@ def test_it_finds_the_best_of_all_where_nothing_is_left_out(vocab, max_new, stop
     same(out, found, stop)
 
 
+@pytest.mark.parametrize(("vocab", "scale", "seed"), [(8, 10.0, 29), (4, 20.0, 20), (4, 20.0, 24)])
+def test_it_goes_on_while_a_beam_behind_may_still_win(vocab, scale, seed):
+    """Here the mean of a full pool is above that of the live beam, until likely tokens lift it."""
+    model, params = small(vocab, scale)
+    prompt, stop = prompts(seed, 1, 5, vocab), (1, 2)
+    found = plain(model, params, prompt[0].tolist(), 1, NEW, 1.0, stop)
+    same(search(model, params, prompt, beams=1, max_new=NEW, stop=stop), found, stop)
+
+
 def test_one_beam_is_greedy():
     model, params = tiny()
     out = search(model, params, prompts(6, 1, 5), beams=1, max_new=NEW)
