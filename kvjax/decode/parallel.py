@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
@@ -90,7 +89,8 @@ def best_of(
     Raises:
         ValueError: for what `sample_n` refuses, or a score that is no number or NaN, with its row.
     """
-    _check_host(tokens, lengths, cache, scorer, "best_of", "scorer")
+    if scorer is not None:
+        _check_judge(scorer, "best_of", "scorer")
     out = _sample(
         "best_of", model, params, cache, tokens, lengths, n, max_new, key, sampling, tokenizer, inner, capacity
     )
@@ -98,7 +98,7 @@ def best_of(
         mean = out.logprobs.sum(1) / jnp.maximum(out.lengths, 1).astype(jnp.float32)
         score = jnp.where(out.lengths > 0, mean, -jnp.inf)
     else:
-        scores = [_number(scorer(ids), row) for row, ids in enumerate(_ids(out))]
+        scores = [_number(scorer(ids), row) for row, ids in enumerate(_ids(out, "best_of", "scorer"))]
         score = jnp.asarray(np.array(scores, np.float32))
     score = score.reshape(-1, n)
     best = jnp.argmax(score, axis=1).astype(jnp.int32)
@@ -131,11 +131,11 @@ def majority(
     Raises:
         ValueError: for what `sample_n` refuses, or an answer that cannot be hashed, with its row.
     """
-    _check_host(tokens, lengths, cache, answer, "majority", "answer")
+    _check_judge(answer, "majority", "answer")
     out = _sample(
         "majority", model, params, cache, tokens, lengths, n, max_new, key, sampling, tokenizer, inner, capacity
     )
-    answers = [_hashed(answer(ids), row) for row, ids in enumerate(_ids(out))]
+    answers = [_hashed(answer(ids), row) for row, ids in enumerate(_ids(out, "majority", "answer"))]
     sums = np.asarray(out.logprobs, np.float64).sum(1)
     rows, votes = [], []
     for start in range(0, len(answers), n):
@@ -192,18 +192,17 @@ def _chosen(out: Output, rows: Int[Array, "new_batch"], score: Float[Array, "new
     return Output(tokens, lengths, logprobs, regroup(out.cache, rows), reason, score=score)
 
 
-def _ids(out: Output) -> list[list[int]]:
+def _ids(out: Output, where: str, name: str) -> list[list[int]]:
+    """Each row's own tokens, on the host."""
+    if traced(out.tokens, out.lengths):
+        raise ValueError(f"{where}: `{name}` is called on the host, and cannot be used inside `jit`")
     lengths = np.asarray(out.lengths).tolist()
     return [row[:length] for row, length in zip(np.asarray(out.tokens).tolist(), lengths, strict=True)]
 
 
-def _check_host(tokens, lengths, cache: Cache, judge, where: str, name: str) -> None:
-    if judge is None:
-        return
+def _check_judge(judge, where: str, name: str) -> None:
     if not callable(judge):
         raise ValueError(f"{where}: `{name}` must be a function of a list of ids, got {judge!r}")
-    if traced(*jax.tree.leaves((tokens, lengths, cache))):
-        raise ValueError(f"{where}: `{name}` is called on the host, and cannot be used inside `jit`")
 
 
 def _number(score, row: int) -> float:
