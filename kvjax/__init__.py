@@ -11,7 +11,19 @@ if TYPE_CHECKING:
     from kvjax import cache, decode, draft
     from kvjax.cache import Cache, fork, nbytes
     from kvjax.config import ModelConfig, Precision, Rope
-    from kvjax.decode import Output, Sampling, decode_step, forward, generate, prefill, stream
+    from kvjax.decode import (
+        Output,
+        Sampling,
+        beam,
+        best_of,
+        decode_step,
+        forward,
+        generate,
+        majority,
+        prefill,
+        sample_n,
+        stream,
+    )
     from kvjax.draft import speculate
     from kvjax.model import Transformer, init_params, param_shapes
     from kvjax.weights import load, restore, restore_store, save, save_model, save_store
@@ -19,7 +31,19 @@ if TYPE_CHECKING:
 _HOMES = {
     "kvjax.cache": ("Cache", "fork", "nbytes"),
     "kvjax.config": ("ModelConfig", "Precision", "Rope"),
-    "kvjax.decode": ("Output", "Sampling", "decode_step", "forward", "generate", "prefill", "stream"),
+    "kvjax.decode": (
+        "Output",
+        "Sampling",
+        "beam",
+        "best_of",
+        "decode_step",
+        "forward",
+        "generate",
+        "majority",
+        "prefill",
+        "sample_n",
+        "stream",
+    ),
     "kvjax.draft": ("speculate",),
     "kvjax.model": ("Transformer", "init_params", "param_shapes"),
     "kvjax.weights": ("load", "restore", "restore_store", "save", "save_model", "save_store"),
@@ -36,6 +60,8 @@ __all__ = [
     "Sampling",
     "Transformer",
     "__version__",
+    "beam",
+    "best_of",
     "cache",
     "decode",
     "decode_step",
@@ -45,11 +71,13 @@ __all__ = [
     "generate",
     "init_params",
     "load",
+    "majority",
     "nbytes",
     "param_shapes",
     "prefill",
     "restore",
     "restore_store",
+    "sample_n",
     "save",
     "save_model",
     "save_store",

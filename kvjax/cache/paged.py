@@ -155,9 +155,19 @@ class Paged(Strategy):
         return replace(super().fork(cache, rows), shared=counted(replace(pages, **same, **by_row)))
 
     def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
-        if why := super().need(cache, lengths):
-            return why
-        need, refs = demand(cache, lengths), np.asarray(cache.shared.refs)
+        return super().need(cache, lengths) or self._lacking(cache, demand(cache, lengths))
+
+    def need_forked(self, cache: Cache, lengths: np.ndarray, more: np.ndarray) -> str | None:
+        """`need` of `lengths` tokens a row and then, once rows are forked to as many as `more` has, of `more` a row."""
+        n = more.shape[0] // cache.batch
+        pages = cache.shared
+        table = np.zeros((more.shape[0], pages.table.shape[1]), np.int32)
+        shared = replace(pages, table=table, refs=np.full(pages.refs.shape, n))  # every page has its row's `n` holders
+        forked = replace(cache, length=np.repeat(np.asarray(cache.length) + lengths, n), shared=shared)
+        return super().need(forked, more) or self._lacking(cache, demand(cache, lengths) + demand(forked, more))
+
+    def _lacking(self, cache: Cache, need: int) -> str | None:
+        refs = np.asarray(cache.shared.refs)
         free = int((refs == 0).sum())
         if need <= free:
             return None

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.attention import Mask, merge
 from kvjax.cache.base import Cache, LayerSpec, Strategy, check
 from kvjax.cache.dense import Dense
+from kvjax.cache.paged import release
 from kvjax.pytree import pytree, static
 
 if TYPE_CHECKING:
@@ -159,6 +160,11 @@ def share(model: Transformer, prefix: Cache, *, batch: int, capacity: int, inner
     length = jnp.copy(jnp.broadcast_to(prefix.length, (batch,)))
     shared = Prefix(jnp.copy(prefix.length[0]), own.shared)
     return Cache(tuple(layers), length, model.config, Shared(inner), shared)
+
+
+def rewind(cache: Cache) -> Cache:
+    """Every row of a `Shared` cache whose rows are `Paged`, at the prefix's end again. Works inside jit."""
+    return _with(cache, release(_own(cache)))
 
 
 def _own(cache: Cache) -> Cache:

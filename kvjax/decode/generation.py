@@ -25,7 +25,8 @@ class Output(NamedTuple):
     `tokens` are the new ones, -1 past each row's `lengths`; `logprobs` are of the model's own distribution,
     in nats; `reason` says by its number in `REASONS` why the row ended. The cache holds all but each row's
     last token: to go on, give that one (`last`) as the next prompt, alone or with more after it. `store` is the prefix
-    store that now keeps these rows too, if one was given; `speculated` says how speculation went, if there was any.
+    store that now keeps these rows too, if one was given; `speculated` says how speculation went, if there was any;
+    `score` is what the rows were chosen by, if they were chosen among more.
     """
 
     tokens: Int[Array, "batch new"]
@@ -35,6 +36,7 @@ class Output(NamedTuple):
     reason: Int[Array, "batch"]
     store: PrefixStore | None = None
     speculated: Any = None
+    score: Float[Array, "batch"] | Int[Array, "batch"] | None = None
 
     @property
     def last(self) -> Int[Array, "batch one"]:
@@ -130,12 +132,11 @@ class Begun(NamedTuple):
 
 def start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, where: str) -> Begun:
     """Prefill and the first token; a prompt of one token is left to the loop."""
-    if not isinstance(max_new, (int, np.integer)) or max_new < 1:
-        raise ValueError(f"{where}: `max_new` must be at least 1, a whole number, got {max_new!r}")
+    check_counts(where, max_new=max_new)
     tokens, lengths = as_prompts(model, cache if store is None else None, tokens, lengths, where)
     batch, vocab = tokens.shape[0], model.config.vocab
     settings = rules(sampling, batch=batch, vocab=vocab, max_new=max_new, key=key, tokenizer=tokenizer)
-    seen, texts = _seen(tokens, lengths, vocab), (tokens, lengths)
+    seen, texts = seen_in(tokens, lengths, vocab), (tokens, lengths)
     prompts = []
     if store is not None:
         check(cache, model, batch, where)
@@ -183,7 +184,14 @@ def _check_room(cache: Cache, lengths, settings: Rules, where: str) -> None:
         raise ValueError(f"{where}: held, prompt and new tokens {why}: make it larger, or `max_new` smaller")
 
 
-def _seen(tokens, lengths, vocab: int):
+def check_counts(where: str, **counts) -> None:
+    """Raise ValueError for a count that is no whole number of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{where}: `{name}` must be at least 1, a whole number, got {value!r}")
+
+
+def seen_in(tokens, lengths, vocab: int):
     """Which tokens each prompt has; on the host where it can be, so that a new width costs no compile."""
     xp = np if isinstance(tokens, np.ndarray) and isinstance(lengths, np.ndarray) else jnp
     rows = xp.arange(tokens.shape[0])[:, None]
