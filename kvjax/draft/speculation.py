@@ -35,7 +35,7 @@ PRIOR = 2.0, 3.0
 MEMORY = 0.9
 """What a row's record of right guesses keeps with each round of more."""
 
-FORGIVING = 1 - 1 / 64
+FORGIVING = 1 - 1 / 256
 """What it keeps with each round without a guess: a draft that was of no use is tried again, seldom."""
 
 

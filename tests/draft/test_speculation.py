@@ -183,7 +183,7 @@ def test_a_draft_that_is_never_right_is_left_alone():
     same(out, free)
     rounds = np.asarray(out.speculated.rounds)
     assert rounds.sum() == 255
-    assert (rounds * (np.array(costs) - 1)).sum() < 0.03 * 255  # what the useless rounds cost more than a step
+    assert (rounds * (np.array(costs) - 1)).sum() < 0.02 * 255  # what the useless rounds cost more than a step
     assert rounds[1:].sum() > 2  # and yet it is tried again
 
 
@@ -199,7 +199,7 @@ def test_it_comes_back_when_guesses_become_right():
     draft = Late(free.tokens, jnp.full(3, 999))
     out = run(speculate, draft=draft, max_new=256, capacity=280, costs=[1.0, 1.3, 1.6])
     same(out, free)
-    assert out.speculated.rounds.sum() < 100 + 156 * 0.6
+    assert int(out.speculated.rounds.sum()) < 100 + 156 * 0.75
 
 
 def test_costs_decide():
@@ -213,7 +213,7 @@ def test_costs_are_measured_where_none_are_given():
     free = run(kvjax.generate, max_new=40)
     out = run(speculate, draft=told(free), max_new=40)
     same(out, free)
-    assert (out.speculated.costs > 0).all() and jnp.isfinite(out.speculated.costs).all()
+    assert (np.asarray(out.speculated.costs) > 0).all() and jnp.isfinite(out.speculated.costs).all()
     assert out.speculated.widths.tolist() == [0, 1, 3]
     short = run(speculate, draft=told(free), max_new=1)  # no round at all
     assert jnp.isfinite(short.speculated.costs).all()
