@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from statistics import median
 
@@ -98,6 +99,8 @@ class Timing:
 def run(config: Config, progress: Progress) -> list[Row]:
     """Every way on every work, by turns."""
     model, params, tokenizer = kvjax.load(config.model)
+    if tokenizer is None:
+        raise ValueError(f"decode: {config.model} has no tokenizer, and the prompts are text")
     sampling = kvjax.Sampling(stop=tokenizer.stop_ids)
     rows: list[Row] = []
     works = [(work, batch) for work in config.works for batch in config.batches]
@@ -116,7 +119,8 @@ def run(config: Config, progress: Progress) -> list[Row]:
                     cache = Dense().init(model, batch=batch, capacity=capacity)
                     _, cache = kvjax.prefill(model, params, cache, [prompt[:-1] for prompt in part])
                     jax.block_until_ready(cache)
-                    out, taken = _timed(model, params, cache, part, METHODS.get(name), config.new, sampling, costs[name])
+                    draft = METHODS.get(name)
+                    out, taken = _timed(model, params, cache, part, draft, config.new, sampling, costs[name])
                     timing.seconds += taken
                     timing.made += int(out.lengths.sum())
                     if out.speculated is not None:
@@ -163,8 +167,8 @@ def _timed(model, params, cache: Cache, prompts, draft, new: int, sampling, cost
         out = kvjax.generate(model, params, cache, last, max_new=new, sampling=sampling)
     else:
         before = [prompt[:-1] for prompt in prompts]
-        settings = {"max_new": new, "sampling": sampling, "draft": draft, "before": before, "costs": costs}
-        out = kvjax.speculate(model, params, cache, last, **settings)
+        speculate = partial(kvjax.speculate, draft=draft, before=before, costs=costs)
+        out = speculate(model, params, cache, last, max_new=new, sampling=sampling)
     jax.block_until_ready(out.tokens)
     return out, time.perf_counter() - started
 

@@ -69,7 +69,7 @@ class LayerCache(Attends, Protocol):
         ...
 
     def steady(self) -> Int[Array, "batch"] | None:
-        """Tokens that `ahead` can be right about, and `attend` take in at once as if one by one; None for any number."""
+        """Tokens that `ahead` is right about, and that `attend` takes in as if one by one; None for any number."""
         ...
 
     @property

@@ -139,7 +139,8 @@ class Paged(Strategy):
         full |= pages.starved
         filled = cache.length + jnp.where(full, 0, lengths)
         layers = tuple(replace(layer, table=pages.table, copies=copies, filled=filled) for layer in cache.layers)
-        return replace(cache, layers=layers, shared=replace(pages, starved=full)), full
+        starved = jnp.where(lengths > 0, full, cache.shared.starved)  # of rows that ask for nothing, as they last asked
+        return replace(cache, layers=layers, shared=replace(pages, starved=starved)), full
 
     def close(self, cache: Cache, layers, lengths) -> Cache:
         layers = tuple(replace(layer, table=None, copies=None, filled=None) for layer in layers)

@@ -62,7 +62,8 @@ def prefill(
     Raises:
         ValueError: for a cache of another model or batch, an empty prompt, lengths outside [1, width], ids
             outside the vocabulary, or more tokens than the cache has room for. Under an outer `jit` values
-            are unknown, and only shapes are checked; a row without room then gets NaN logits.
+            are unknown, and only shapes are checked; a row then gets NaN logits, and takes in nothing of the first
+            chunk that it has no room for and of those after it.
     """
     if not buckets or any(a >= b for a, b in zip((0, *buckets), buckets, strict=False)):
         raise ValueError(f"prefill: `buckets` must be widths of at least 1, ascending, got {tuple(buckets)}")
@@ -114,9 +115,10 @@ def _forward(model, params, tokens, lengths):
 
 @partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits"))
 def _chunk(model, params, cache, tokens, lengths, logits):
-    """One padded chunk; rows whose prompt ended earlier, or had no room earlier, keep their logits."""
+    """One padded chunk; rows whose prompt ended, or had no room, earlier take in nothing and keep their logits."""
+    lengths = jnp.where(jnp.isnan(logits).any(-1), 0, lengths)
     new, cache = cached(model, params, tokens, lengths, cache)
-    done = (lengths == 0) | jnp.isnan(logits).any(-1)
+    done = lengths == 0
     return jnp.where(done[:, None], logits, new), cache
 
 

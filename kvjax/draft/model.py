@@ -23,7 +23,7 @@ from kvjax.model import Params, Transformer, cached
 from kvjax.pytree import pytree, static
 
 CATCH_UP = 64, 2
-"""Widths that new text is taken in by, a prompt's and, where all guesses were right, the two tokens that are new then."""
+"""Widths that new text is taken in by: a prompt's, and that of the two tokens that are new after right guesses."""
 
 
 @pytree

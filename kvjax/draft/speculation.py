@@ -90,7 +90,7 @@ def speculate(
     before: Sequence[Sequence[int]] | None = None,
     costs: Sequence[float] | Float[Array, "choices"] | None = None,
 ) -> Output:
-    """`generate`, with fewer calls of the model: the same tokens, up to rounding in its logits, faster where guesses hit.
+    """`generate`, with fewer calls of the model: the same tokens, up to rounding in its logits.
 
     How many guesses are checked at once, none included, is chosen anew each time, for the most tokens a second by
     how often a row's guesses were right and by what each number costs.
@@ -109,9 +109,9 @@ def speculate(
     begun, spec, run, choices = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
-    if costs is None and not traced(begun.state.reason):
-        spec, costs = _measured(run, spec, begun.rules, choices)
     paid = _paid(costs, choices)
+    if costs is None and not traced(begun.state.reason):
+        spec, paid = _measured(run, spec, begun.rules, choices)
     spec = run(spec, begun.rules, paid, jnp.iinfo(jnp.int32).max)
     return _ended(begun, spec, paid, choices, max_new)
 
@@ -242,7 +242,7 @@ def _first(spec: Speculation) -> Speculation:
     return _grown(spec, spec.state.pending[:, None], spec.state.lengths)
 
 
-def _measured(run, spec: Speculation, rules: Rules, choices: tuple[int, ...]) -> tuple[Speculation, np.ndarray]:
+def _measured(run, spec: Speculation, rules: Rules, choices: tuple[int, ...]) -> tuple[Speculation, Array]:
     """Rounds of each kind, timed on the host: what they make counts, and the first compiles and is not timed."""
     seconds = np.full(len(choices), np.inf)
     for i in (0, *range(len(choices)), *range(len(choices))):
@@ -254,7 +254,7 @@ def _measured(run, spec: Speculation, rules: Rules, choices: tuple[int, ...]) ->
         made = np.asarray(spec.rounds) - before
         if made[i] == made.sum() > 0 and before.sum() > 0:
             seconds[i] = min(seconds[i], taken / made[i])
-    return spec, _filled(seconds, choices)
+    return spec, jnp.asarray(_filled(seconds, choices))
 
 
 def _filled(seconds: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
@@ -271,8 +271,10 @@ def _guessed(choices: tuple[int, ...]) -> list[float]:
 
 @partial(jax.jit, static_argnames=("model", "widths"), donate_argnames="spec")
 def _speculate(model, params, draft, spec: Speculation, rules: Rules, costs, rounds, *, widths: tuple[int, ...]):
-    """Up to `rounds` rounds. One loop for each number of guesses, inside one over them all, for XLA writes a cache in
-    place in a loop and copies it in a branch."""
+    """Up to `rounds` rounds, in one loop for each number of guesses inside one over them all.
+
+    XLA writes a cache in place in a loop, and copies it in a branch.
+    """
     most = spec.rounds.sum() + jnp.minimum(rounds, jnp.iinfo(jnp.int32).max - spec.rounds.sum())
 
     def going(spec: Speculation):

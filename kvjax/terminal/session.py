@@ -88,7 +88,9 @@ def parse_draft(text: str) -> Draft:
     """
     name, _, rest = text.partition(":")
     if name not in ("lookup", "model"):
-        raise ValueError(f"--draft: expected `lookup` or `model:PATH`, got {text!r}{_nearest(name, ('lookup', 'model'))}")
+        raise ValueError(
+            f"--draft: expected `lookup` or `model:PATH`, got {text!r}{_nearest(name, ('lookup', 'model'))}"
+        )
     path, *parts = rest.split(",") if name == "model" else ("", *filter(None, rest.split(",")))
     known, chosen = ("k",) if name == "model" else ("k", "longest", "shortest"), {}
     for part in parts:

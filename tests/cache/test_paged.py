@@ -1,6 +1,7 @@
 """Pages of a pool: allocation, sharing, running out, and release."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,19 @@ def test_a_starved_row_says_so_stays_as_it_is_and_can_go_on():
     wanted, _ = kvjax.decode_step(model, params, dense, token)
     np.testing.assert_allclose(logits[1:], wanted[1:], atol=1e-5)
     np.testing.assert_array_equal(cache.shared.starved, [False, False, False])
+
+
+@pytest.mark.parametrize("strategy", [Paged(page=PAGE, pool=6), Dense()], ids=["paged", "dense"])
+def test_a_prompt_that_runs_out_half_way_stops_there(strategy):
+    """Inside jit, where it cannot be refused: what comes after the chunk without room is not taken in instead of it."""
+    model, params = tiny()
+    cache = strategy.init(model, batch=2, capacity=40 if isinstance(strategy, Paged) else 20)
+    whole = jax.jit(partial(kvjax.prefill, model, params, buckets=(4, 16)))
+    logits, cache = whole(cache, prompts(0, 2, 36), jnp.array([3, 36]))
+    np.testing.assert_array_equal(jnp.isnan(logits).any(-1), [False, True])
+    np.testing.assert_array_equal(cache.length, [3, 16])
+    if isinstance(strategy, Paged):
+        np.testing.assert_array_equal(cache.shared.starved, [False, True])
 
 
 def test_generate_says_before_and_inside_the_loop_that_pages_run_out():

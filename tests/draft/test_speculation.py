@@ -1,5 +1,6 @@
 """speculate: the tokens of generate, in fewer calls, whatever the draft says, with nothing of a wrong guess left."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ import kvjax
 from kvjax import Sampling
 from kvjax.cache import Dense, Quantized, Ring
 from kvjax.decode import REASONS
-from kvjax.draft import DraftModel, PromptLookup, speculation, speculate, widths
+from kvjax.draft import DraftModel, PromptLookup, speculate, speculation, widths
 from kvjax.draft.base import View
 from kvjax.pytree import pytree, static
 from tests.compiles import Compiles
@@ -237,9 +238,10 @@ def test_the_cache_stays_in_place():
     rules = kvjax.decode.rules(Sampling(), batch=2, vocab=61, max_new=16)
     costs = jnp.ones(3)
     program = speculation._speculate.lower(model, params, draft, spec, rules, costs, 9, widths=widths(draft)).compile()
-    memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes >= kvjax.nbytes(cache)
-    assert memory.temp_size_in_bytes < kvjax.nbytes(cache.layers[0].k)
+    assert program.memory_analysis().alias_size_in_bytes >= kvjax.nbytes(cache)
+    assert program.memory_analysis().temp_size_in_bytes < kvjax.nbytes(cache) / 1.8  # logits of four queries a row
+    assert "f32[4,4096,8]" in program.as_text()
+    assert not re.search(r"= f32\[4,4096,8\]\S* copy\(", program.as_text())
 
 
 def test_draws_are_the_models_own():
@@ -270,7 +272,7 @@ def test_draws_are_the_models_own():
     jax.clear_caches()
     right = speculation.emit_at
     with pytest.MonkeyPatch.context() as patch:  # a verifier that leans to likely tokens, as "typical" acceptance does
-        patch.setattr(speculation, "emit_at", lambda state, rules, logits, *rest: right(state, rules, 1.2 * logits, *rest))
+        patch.setattr(speculation, "emit_at", lambda s, rules, logits, *rest: right(s, rules, 1.6 * logits, *rest))
         assert p_value(draws()) < 1e-6
     jax.clear_caches()
 
