@@ -2,8 +2,9 @@
 
 from kvjax.cache.evict.budgets import adaptive, pyramid
 from kvjax.cache.evict.entropy import attention_entropy
-from kvjax.cache.evict.evicting import Evicting, turn
+from kvjax.cache.evict.evicting import Evicting
 from kvjax.cache.evict.score import Score
 from kvjax.cache.evict.scores import SCORES
+from kvjax.cache.evict.turning import turn
 
 __all__ = ["SCORES", "Evicting", "Score", "adaptive", "attention_entropy", "pyramid", "turn"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -48,6 +49,24 @@ def adaptive(
     spread = np.exp(nats - nats.max()).ravel()
     extra = _whole(spread / spread.sum() * (budget - least) * spread.size, (budget - least) * spread.size)
     return tuple(tuple(int(x) + least for x in row) for row in extra.reshape(nats.shape))
+
+
+def plain(budget: Any, *, depth: int = 2) -> Budget:
+    """The budget in Python's own numbers, tuples at most `depth` deep.
+
+    Raises:
+        ValueError: if it is no `Budget`.
+    """
+    if isinstance(budget, tuple) and budget and depth:
+        parts: Any = tuple(plain(part, depth=depth - 1) for part in budget)
+        return parts
+    number = budget.item() if isinstance(budget, np.generic) else budget
+    if isinstance(number, bool) or not isinstance(number, Share):
+        raise ValueError(
+            f"Evicting: `budget` must be tokens, a share of the capacity, or a tuple of these, one a layer, "
+            f"got {budget!r}"
+        )
+    return number
 
 
 def slots_of(budget: Budget, split: str, spec: LayerSpec, least: int) -> tuple[int, ...]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
-from kvjax.cache.evict.budgets import Budget, slots_of
+from kvjax.cache.base import LayerSpec, Strategy, check_dtype
+from kvjax.cache.evict.budgets import Budget, plain, slots_of
 from kvjax.cache.evict.coded import CodedLayer, encoded
-from kvjax.cache.evict.knobs import Knobs
+from kvjax.cache.evict.knobs import Knobs, fitted
 from kvjax.cache.evict.layer import EvictingLayer
 from kvjax.cache.evict.score import Score
 from kvjax.cache.evict.scores import SCORES
@@ -49,8 +50,14 @@ class Evicting(Strategy):
     inner: Quantized | int | None = None
 
     def __post_init__(self):
-        if isinstance(self.score, str) and self.score not in SCORES:
-            raise ValueError(f"Evicting: `score` must be one of {', '.join(SCORES)}, got {self.score!r}")
+        object.__setattr__(self, "budget", plain(self.budget))
+        if not isinstance(self.score, Score) and (not isinstance(self.score, str) or self.score not in SCORES):
+            raise ValueError(f"Evicting: `score` must be one of {', '.join(SCORES)}, or a `Score`, got {self.score!r}")
+        for name in ("sinks", "recent"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise ValueError(f"Evicting: `{name}` must be a whole number, got {value!r}")
+            object.__setattr__(self, name, int(value))
         if self.sinks < 0:
             raise ValueError(f"Evicting: `sinks` must not be negative, got {self.sinks}")
         if self.recent < 1:
@@ -86,6 +93,7 @@ class Evicting(Strategy):
             jnp.float32(self.threshold),
             jnp.float32(1.0 if self.temperature is None else self.temperature),
         )
+        knobs = fitted(knobs, slots)
         front = self.sinks + self.recent
         if self.inner is not None and slots > front:
             return self._coded(spec, slots, front, knobs, score)
@@ -117,25 +125,3 @@ class Evicting(Strategy):
             v_codes,
             self.sinks,
         )
-
-
-def turn(cache: Cache, **knobs: Any) -> Cache:
-    """The cache with some of its layers' `Knobs` replaced: `turn(cache, threshold=0.1)`. Arrays may be traced.
-
-    Raises:
-        ValueError: naming a knob that does not exist.
-    """
-    fixed = sorted({"sinks", "recent"} & set(knobs))
-    if fixed and any(isinstance(layer, CodedLayer) for layer in cache.layers):
-        raise ValueError(f"turn: {', '.join(fixed)} are fixed in a cache with an `inner`, whose slots they decide")
-    known = list(Knobs.__dataclass_fields__)
-    for name in knobs:
-        if name not in known:
-            raise ValueError(f"turn: `{name}` is no knob; expected one of {', '.join(known)}")
-
-    def turned(layer: Any) -> Any:
-        old = {name: getattr(layer.knobs, name) for name in knobs}
-        new = {name: jnp.broadcast_to(jnp.asarray(knobs[name], x.dtype), x.shape) for name, x in old.items()}
-        return replace(layer, knobs=replace(layer.knobs, **new))
-
-    return replace(cache, layers=tuple(turned(layer) for layer in cache.layers))

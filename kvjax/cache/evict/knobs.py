@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,6 +28,16 @@ class Knobs:
     recent: Int[Array, ""]
     threshold: Float[Array, ""]
     temperature: Float[Array, ""]
+
+
+def fitted(knobs: Knobs, slots: int) -> Knobs:
+    """The knobs moved to what a layer can keep: sinks first, then recent tokens, as many as it has slots for.
+
+    A budget below these counts as their sum, so that a full layer always holds a token that may go.
+    """
+    sinks = jnp.clip(knobs.sinks, 0, slots - 1)
+    recent = jnp.clip(knobs.recent, 1, slots - sinks)
+    return replace(knobs, budget=jnp.clip(knobs.budget, sinks + recent, slots), sinks=sinks, recent=recent)
 
 
 def ranked(knobs: Knobs, worth: Float[Array, "rows slots"], held: Int[Array, "rows slots"], newest, mask: Mask):

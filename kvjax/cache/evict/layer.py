@@ -130,6 +130,12 @@ class ByHead(ABC):
         place = jnp.argsort(jnp.argsort(-rank, axis=1, stable=True), axis=1)
         return (place < budgets(self.knobs, both)) & (both >= 0)
 
+    def trimmed(self, mask: Mask) -> ByHead:
+        """The layer without the tokens that its budgets, lowered since, have no room for."""
+        none = jnp.zeros((self.positions.shape[0], 0))
+        kept = self.best(self.worth, none, none.astype(self.positions.dtype), mask)
+        return replace(self, positions=jnp.where(kept, self.positions, -1))
+
     def _seen(self, q, positions, valid, mask: Mask):
         """Attention to the slots, and the layer whose slots are worth what that makes them."""
         out, lse = self._look(q, positions, mask)
