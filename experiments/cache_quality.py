@@ -67,6 +67,8 @@ class Config:
             raise ValueError(f"cache_quality: `step` must divide `scored`, {self.scored}, got {self.step}")
         if not self.lengths:
             raise ValueError("cache_quality: `lengths` must name at least one context, got none")
+        if not all(0 < share <= 1 for share in self.allocated):
+            raise ValueError(f"cache_quality: `allocated` must be shares in (0, 1], got {self.allocated}")
         for name in self.strategies:
             parse_strategy(name)
 

@@ -202,6 +202,10 @@ class Strategy:
         layers = tuple(layer.fork(rows) for layer in cache.layers)
         return replace(cache, layers=layers, length=jnp.take(cache.length, rows, axis=0, mode="clip"))
 
+    def release(self, cache: Cache, rows: Bool[Array, "batch"]) -> Cache:
+        """See `release`."""
+        raise ValueError(f"release: the rows of `cache` must be Paged, to have pages to give back, got {self}")
+
     def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
         """What `lengths` more tokens a row need and do not find, as the end of a sentence; None if they fit.
 
@@ -221,7 +225,7 @@ class Strategy:
             ValueError: if a size is below 1, or the model has fewer learned positions than `capacity`.
         """
         for name, value in (("batch", batch), ("capacity", capacity)):
-            if not isinstance(value, (int, np.integer)) or value < 1:
+            if not is_whole(value, 1):
                 raise ValueError(
                     f"{type(self).__name__}.init: `{name}` must be at least 1, a whole number, got {value!r}"
                 )
@@ -245,6 +249,11 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def is_whole(value: Any, least: int) -> bool:
+    """Whether `value` is a whole number, and not below `least`."""
+    return isinstance(value, (int, np.integer)) and value >= least
+
+
 def check_dtype(strategy: Strategy, dtype: str | None) -> None:
     """Raise ValueError if `dtype` cannot hold keys and values; None, the model's own, can."""
     try:
@@ -263,16 +272,16 @@ def fork(cache: Cache, rows: Int[Array, "new_batch"]) -> Cache:
     return cache.strategy.fork(cache, jnp.asarray(rows))
 
 
-def check(cache: Cache, model: Transformer, batch: int, where: str) -> None:
-    """Raise ValueError, while tracing, if `cache` is none, or was made for another model or batch."""
+def check(cache: Cache, model: Transformer, batch: int | None, where: str, name: str = "cache") -> None:
+    """Raise ValueError, while tracing, if `cache` is none, or was made for another model or batch (None: any)."""
     if not isinstance(cache, Cache):
-        raise ValueError(f"{where}: `cache` must be what a strategy's `init` makes, got {type(cache).__name__}")
+        raise ValueError(f"{where}: `{name}` must be what a strategy's `init` makes, got {type(cache).__name__}")
     if cache.config != model.config:
         ours, theirs = model.config, cache.config
         differing = [name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)]
         raise ValueError(
-            f"{where}: `cache` was made for another model: its {', '.join(differing)} differ "
+            f"{where}: `{name}` was made for another model: its {', '.join(differing)} differ "
             f"(expected {[getattr(ours, n) for n in differing]}, got {[getattr(theirs, n) for n in differing]})"
         )
-    if cache.batch != batch:
-        raise ValueError(f"{where}: `cache` holds {cache.batch} rows, but the tokens have {batch}")
+    if batch is not None and cache.batch != batch:
+        raise ValueError(f"{where}: `{name}` holds {cache.batch} rows, but the tokens have {batch}")

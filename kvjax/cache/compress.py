@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from kvjax.cache.attention import Mask
-from kvjax.cache.base import Cache, LayerCache, Strategy, layer_spec, nbytes
+from kvjax.cache.base import Cache, LayerCache, Strategy, is_whole, layer_spec, nbytes
 
 
 def compress(cache: Cache, strategy: Strategy, *, capacity: int | None = None) -> Cache:
@@ -27,15 +27,25 @@ def compress(cache: Cache, strategy: Strategy, *, capacity: int | None = None) -
     where `cache` is `Evicting` by the same one, whose statistics then go on.
 
     Args:
-        cache: donated: use the one returned. Inside `jit` it is if you say so there, though its buffers fit none of
-            the new ones.
+        cache: donated: use the one returned. While JAX traces it is if you say so there, though its buffers fit none
+            of the new ones.
         capacity: tokens a row may hold in all; the cache's own if None, or the model's if it has no bound.
     Raises:
         ValueError: if the new cache would not have fewer bytes, would need tokens that the old one may have dropped or
             a score that needs queries, or is `Paged` or `Shared`. The old one is then as it was.
     """
+    if not isinstance(cache, Cache) or not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cache)):
+        raise ValueError(
+            "compress: `cache` must be what a strategy's `init` makes, and hold arrays; for sizes alone, take `nbytes` "
+            "of the new strategy's `shapes`"
+        )
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f"compress: `strategy` must be a strategy, such as `Quantized(4)`, got {strategy!r}")
+    if capacity is not None and not is_whole(capacity, 1):
+        raise ValueError(f"compress: `capacity` must be at least 1, a whole number, got {capacity!r}")
+    most = capacity or cache.capacity or cache.config.max_positions
     held = cache.opened(jnp.zeros(cache.batch, jnp.int32))[0].layers
-    makers = _makers(cache, held, strategy, capacity)
+    makers = _makers(cache, held, strategy, most)
     fill = [partial(_refill, mask=Mask(1.0, window=window)) for window in cache.config.windows]
     shapes = [
         jax.eval_shape(fill, jax.eval_shape(make), old, cache.length)
@@ -43,21 +53,23 @@ def compress(cache: Cache, strategy: Strategy, *, capacity: int | None = None) -
     ]
     before, after = nbytes(cache.layers), nbytes(shapes)
     if after >= before:
-        raise ValueError(f"compress: `strategy` must need fewer bytes than the {before} there are, got {after}")
+        raise ValueError(
+            f"compress: `strategy` must need fewer bytes than the {before} there are, got {after} at a `capacity` of "
+            f"{most} tokens a row"
+        )
     layers = []
     for i, old in enumerate(held):
         layers.append(fill[i](makers[i](), old, cache.length))
-        for leaf in jax.tree.leaves(cache.layers[i]):
-            if not isinstance(leaf, Tracer):
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(layers[i])):  # or the program reads `old` later
+            for leaf in jax.tree.leaves(cache.layers[i]):
                 leaf.delete()
     return replace(cache, layers=tuple(layers), strategy=strategy, shared=None)
 
 
 def _makers(
-    cache: Cache, held: tuple[LayerCache, ...], strategy: Strategy, capacity: int | None
+    cache: Cache, held: tuple[LayerCache, ...], strategy: Strategy, most: int
 ) -> list[Callable[[], LayerCache]]:
     """What makes each new layer, once it is sure that the old one has what it needs."""
-    most = capacity or cache.capacity or cache.config.max_positions
     makers = []
     for i, old in enumerate(held):
         dtype = jax.eval_shape(old.tokens)[0].dtype.name
@@ -68,7 +80,7 @@ def _makers(
                 f"compress: `strategy` is {strategy}, which needs tokens that {cache.strategy} may have dropped"
             )
         if new.limit is not None and cache.capacity is not None and new.limit < cache.capacity:
-            raise ValueError(f"compress: `capacity` must be at least the cache's {cache.capacity}, got {capacity}")
+            raise ValueError(f"compress: `capacity` must be at least the cache's {cache.capacity}, got {most}")
         makers.append(make)
     return makers
 

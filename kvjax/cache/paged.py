@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.ahead import look_ahead
 from kvjax.cache.attention import Mask, attend_blocks
-from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
+from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype, is_whole
 from kvjax.cache.pages import Copies, Pages, allocate, counted, no_pages
 from kvjax.pytree import pytree, static
 
@@ -120,8 +120,8 @@ class Paged(Strategy):
 
     def __post_init__(self):
         for name, value in (("page", self.page), ("pool", self.pool)):
-            if value is not None and value < 1:
-                raise ValueError(f"Paged: `{name}` must be at least 1, got {value}")
+            if not is_whole(value, 1) and (name, value) != ("pool", None):
+                raise ValueError(f"Paged: `{name}` must be at least 1, a whole number, got {value!r}")
         check_dtype(self, self.dtype)
 
     def layer(self, spec: LayerSpec) -> PagedLayer:
@@ -154,6 +154,13 @@ class Paged(Strategy):
         }
         same = {name: jnp.copy(getattr(pages, name)) for name in ("kept", "stamp")}
         return replace(super().fork(cache, rows), shared=counted(replace(pages, **same, **by_row)))
+
+    def release(self, cache: Cache, rows: Bool[Array, "batch"]) -> Cache:
+        pages: Pages = cache.shared
+        table = jnp.where(rows[:, None], -1, pages.table)
+        length, hits, misses = (jnp.where(rows, 0, x) for x in (cache.length, pages.hits, pages.misses))
+        shared = counted(replace(pages, table=table, starved=pages.starved & ~rows, hits=hits, misses=misses))
+        return replace(cache, length=length, shared=shared)
 
     def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
         return super().need(cache, lengths) or self._lacking(cache, demand(cache, lengths))
@@ -191,10 +198,11 @@ def demand(cache: Cache, lengths: np.ndarray) -> int:
 
 
 def release(cache: Cache, rows: Bool[Array, "batch"] | None = None) -> Cache:
-    """Empty some rows of a `Paged` cache, all if None, so that others can have their pages. Works inside jit."""
-    pages: Pages = cache.shared
-    rows = jnp.ones(cache.batch, bool) if rows is None else rows
-    table = jnp.where(rows[:, None], -1, pages.table)
-    length, hits, misses = (jnp.where(rows, 0, x) for x in (cache.length, pages.hits, pages.misses))
-    shared = counted(replace(pages, table=table, starved=pages.starved & ~rows, hits=hits, misses=misses))
-    return replace(cache, length=length, shared=shared)
+    """Empty some rows of a `Paged` cache, all if None, so that others can have their pages. Works inside jit.
+
+    Rows of a `Shared` cache that are `Paged` within go back to the prefix's end.
+
+    Raises:
+        ValueError: for a cache without pages.
+    """
+    return cache.strategy.release(cache, jnp.ones(cache.batch, bool) if rows is None else jnp.asarray(rows))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from kvjax.cache.base import LayerSpec, Strategy, check_dtype
+from kvjax.cache.base import LayerSpec, Strategy, check_dtype, is_whole
 from kvjax.cache.dense import Dense, DenseLayer
 from kvjax.cache.packing import PLANES, UNIT
 from kvjax.cache.quantize import FORMS, Codec
@@ -59,18 +59,20 @@ class Quantized(Strategy):
 
     def __post_init__(self):
         for name, bits in (("bits", self.bits), ("value_bits", self._value_bits)):
-            wrong = [b for b in (bits if isinstance(bits, tuple) else (bits,)) if b not in PLANES]
-            if wrong or bits == ():
-                raise ValueError(f"Quantized: `{name}` must be among {sorted(PLANES)}, got {bits}")
-        if self.group < UNIT or self.group % UNIT:
-            raise ValueError(f"Quantized: `group` must be a multiple of {UNIT} tokens, got {self.group}")
+            each = bits if isinstance(bits, tuple) else (bits,)
+            if not each or not all(is_whole(b, 1) and b in PLANES for b in each):
+                raise ValueError(
+                    f"Quantized: `{name}` must be among {sorted(PLANES)}, or a tuple, one a layer, got {bits!r}"
+                )
+        if not is_whole(self.group, UNIT) or self.group % UNIT:
+            raise ValueError(f"Quantized: `group` must be a multiple of {UNIT} tokens, got {self.group!r}")
         for name, tokens in (("residual", self.residual), ("sinks", self.sinks)):
-            if tokens < 0:
-                raise ValueError(f"Quantized: `{name}` must not be negative, got {tokens}")
+            if not is_whole(tokens, 0):
+                raise ValueError(f"Quantized: `{name}` must be at least 0, a whole number, got {tokens!r}")
         for name, form in (("keys", self.keys), ("values", self.values)):
             if form not in FORMS:
                 raise ValueError(f"Quantized: `{name}` must be one of {FORMS}, got {form!r}")
-        if self.span is not None and (self.span < 0 or self.span % self.group):
+        if self.span is not None and (not is_whole(self.span, 0) or self.span % self.group):
             raise ValueError(f"Quantized: `span` must be a multiple of `group`, {self.group}, or 0, got {self.span}")
         if self.span and self.keys != "rotated":
             raise ValueError(f"Quantized: `span` is for keys of the form 'rotated', and these are {self.keys!r}")

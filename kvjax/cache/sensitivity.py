@@ -86,10 +86,13 @@ def bit_problem(
         strategy: as for `allocate_bits`.
         progress: told the share of the work that is behind, 0 to 1.
     Raises:
-        ValueError: for a sample half of which fills no group, or fewer `bytes` than the least bits need.
+        ValueError: for a sample that is no rows of the model's tokens or half of which fills no group, a strategy
+            that is not `Quantized`, or fewer `bytes` than the least bits need.
     """
     strategy = Quantized() if strategy is None else strategy
-    sample = jnp.asarray(sample, jnp.int32)
+    if not isinstance(strategy, Quantized):
+        raise ValueError(f"bit_problem: `strategy` must be Quantized, whose bits are chosen, got {strategy}")
+    sample = _ids(sample, model.config.vocab)
     half = sample.shape[1] // 2
     shapes = {
         bits: replace(strategy, bits=bits, value_bits=bits).shapes(model, batch=1, capacity=capacity)
@@ -130,6 +133,15 @@ def bit_problem(
     if bytes < least:
         raise ValueError(f"bit_problem: `bytes` must be at least {least}, what {min(options)} bits need, got {bytes}")
     return AllocationProblem(tuple(groups), options, np.array(cost), np.array(size), bytes - rest)
+
+
+def _ids(sample: Tokens, vocab: int) -> Int[Array, "batch width"]:
+    ids = np.asarray(sample)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise ValueError(f"bit_problem: `sample` must be token ids [rows, width], got {ids.dtype} {ids.shape}")
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise ValueError(f"bit_problem: `sample` must be token ids in [0, {vocab}), got {ids.min()} to {ids.max()}")
+    return jnp.asarray(ids, jnp.int32)
 
 
 def _coded(layer: Any, capacity: int) -> QuantizedLayer:

@@ -110,6 +110,12 @@ class Shared(Strategy):
 
     inner: Strategy = Dense()
 
+    def __post_init__(self):
+        if isinstance(self.inner, Shared) or not isinstance(self.inner, Strategy):
+            raise ValueError(
+                f"Shared: `inner` must be a strategy that keeps rows apart, such as `Dense()`, got {self.inner!r}"
+            )
+
     def layer(self, spec: LayerSpec) -> SharedLayer:
         return SharedLayer(Dense().layer(replace(spec, batch=1, capacity=1)), self.inner.layer(spec), most=0)
 
@@ -134,6 +140,9 @@ class Shared(Strategy):
         shared = replace(cache.shared, length=jnp.copy(cache.shared.length))
         return _with(replace(cache, layers=tuple(layers), shared=shared), self.inner.fork(_own(cache), rows))
 
+    def release(self, cache: Cache, rows) -> Cache:
+        return _with(cache, self.inner.release(_own(cache), rows))
+
     def need(self, cache: Cache, lengths: np.ndarray) -> str | None:
         return self.inner.need(_own(cache), lengths)
 
@@ -149,8 +158,11 @@ def share(model: Transformer, prefix: Cache, *, batch: int, capacity: int, inner
     Raises:
         ValueError: if `prefix` has more than one row or is of another model, or a size is below 1.
     """
-    check(prefix, model, 1, "share")
+    check(prefix, model, None, "share", "prefix")
+    if prefix.batch != 1:
+        raise ValueError(f"share: `prefix` must hold one row, got {prefix.batch}")
     inner = Dense() if inner is None else inner
+    strategy = Shared(inner)
     own = inner.init(model, batch=batch, capacity=capacity)
     held = prefix.opened(jnp.zeros(1, jnp.int32))[0].layers
     most = prefix.capacity or 0
@@ -159,12 +171,12 @@ def share(model: Transformer, prefix: Cache, *, batch: int, capacity: int, inner
     ]
     length = jnp.copy(jnp.broadcast_to(prefix.length, (batch,)))
     shared = Prefix(jnp.copy(prefix.length[0]), own.shared)
-    return Cache(tuple(layers), length, model.config, Shared(inner), shared)
+    return Cache(tuple(layers), length, model.config, strategy, shared)
 
 
 def rewind(cache: Cache) -> Cache:
     """Every row of a `Shared` cache whose rows are `Paged`, at the prefix's end again. Works inside jit."""
-    return _with(cache, release(_own(cache)))
+    return release(cache)
 
 
 def _own(cache: Cache) -> Cache:

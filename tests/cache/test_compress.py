@@ -232,3 +232,42 @@ def test_a_smaller_capacity_is_refused():
     model, _ = tiny()
     with pytest.raises(ValueError, match="`capacity` must be at least the cache's 96, got 64"):
         compress(Dense().init(model, batch=1, capacity=96), Quantized(2), capacity=64)
+
+
+@pytest.mark.parametrize("trace", [lambda f: jax.jit(f)(), jax.eval_shape], ids=["jit", "eval_shape"])
+@pytest.mark.parametrize("source", [Dense(), Paged(page=4), kept(30, "h2o")], ids=str)
+def test_a_program_may_close_over_the_cache(source, trace):
+    """A cache that the program does not take in is a constant of it, and is there when the program runs."""
+    target = kept(12, "h2o") if isinstance(source, Evicting) else QUANTIZED
+    model, params, cache = filled(source)
+    got = trace(lambda: compress(cache, target))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(cache))
+    wanted = compress(cache, target)
+    assert all(x.is_deleted() for x in jax.tree.leaves(cache.layers))
+    assert kvjax.nbytes(got) == kvjax.nbytes(wanted)
+    if trace is not jax.eval_shape:
+        np.testing.assert_allclose(*(decoded(model, params, x)[0] for x in (got, wanted)), atol=1e-5)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2.5])
+def test_a_capacity_that_is_none_is_refused(capacity, unchecked):
+    model, _ = tiny()
+    with pytest.raises(ValueError, match=f"compress: `capacity` must be at least 1, a whole number, got {capacity}"):
+        compress(Dense().init(model, batch=1, capacity=96), QUANTIZED, capacity=capacity)
+
+
+def test_what_is_no_strategy_or_holds_nothing_is_refused(unchecked):
+    model, _ = tiny()
+    with pytest.raises(ValueError, match=r"compress: `strategy` must be a strategy, such as .*, got 'quantized'"):
+        compress(Dense().init(model, batch=1, capacity=96), "quantized")
+    for cache in (Dense().shapes(model, batch=1, capacity=96), None):
+        with pytest.raises(ValueError, match="compress: `cache` must be .*, and hold arrays; for sizes alone, take"):
+            compress(cache, QUANTIZED)
+
+
+def test_a_share_of_what_has_no_bound_is_of_the_capacity_that_is_named():
+    model, _ = tiny()
+    cache = Ring(window=30).init(model, batch=1, capacity=96)
+    with pytest.raises(ValueError, match="there are, got .* at a `capacity` of 512 tokens a row"):
+        compress(cache, kept(0.5, "random"))
+    assert compress(cache, kept(0.25, "random"), capacity=96).layers[0].k.shape[1] == 24

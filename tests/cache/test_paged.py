@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvjax
-from kvjax.cache import Dense, Paged, release
+from kvjax.cache import Dense, Paged, Shared, release
 from kvjax.cache.pages import allocate, counted, no_pages
 from kvjax.decode.state import REASONS
 from tests.tiny import prompts, tiny
@@ -114,8 +114,19 @@ def test_a_pool_too_small_for_one_prompt_is_said():
     cache = Paged(page=PAGE, pool=2).init(model, batch=1, capacity=40)
     with pytest.raises(ValueError, match=r"prefill: .*need 3 pages of 4 tokens, but 2 of the pool's 2 are free"):
         kvjax.prefill(model, params, cache, prompts(0, 1, 9))
-    with pytest.raises(ValueError, match="`page` must be at least 1, got 0"):
-        Paged(page=0)
+
+
+@pytest.mark.parametrize("settings", [{"page": 0}, {"page": 2.5}, {"page": None}, {"pool": 1.5}], ids=str)
+def test_impossible_settings_are_refused(settings, unchecked):
+    with pytest.raises(ValueError, match="Paged: `(page|pool)` must be at least 1, a whole number, got"):
+        Paged(**settings)
+
+
+@pytest.mark.parametrize("strategy", [Dense(), Shared()], ids=str)
+def test_a_cache_without_pages_has_none_to_give_back(strategy):
+    model, _ = tiny()
+    with pytest.raises(ValueError, match=r"release: the rows of `cache` must be Paged, .* got Dense\("):
+        release(strategy.init(model, batch=2, capacity=8))
 
 
 def test_forks_share_pages_until_they_write():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import Quantized, allocate_bits, bit_problem
+from kvjax.cache import Dense, Quantized, allocate_bits, bit_problem
 from kvjax.cache.allocation import exact
 from tests.tiny import prompts, tiny
 
@@ -79,3 +79,21 @@ def test_what_cannot_be_measured_is_refused(measured):
         bit_problem(model, params, sample, 10**6, capacity=16, strategy=STRATEGY)
     with pytest.raises(ValueError, match="`solver` must be one of greedy, exact, got 'quick'"):
         allocate_bits(model, params, sample, 10**6, capacity=128, solver="quick")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sample": np.zeros(64, int)}, r"`sample` must be token ids \[rows, width\], got int64 \(64,\)"),
+        ({"sample": np.zeros((2, 64))}, r"`sample` must be token ids \[rows, width\], got float64 \(2, 64\)"),
+        ({"sample": np.full((2, 64), 61)}, r"`sample` must be token ids in \[0, 61\), got 61 to 61"),
+        ({"sample": np.full((2, 64), -1)}, r"`sample` must be token ids in \[0, 61\), got -1 to -1"),
+        ({"strategy": Dense()}, r"`strategy` must be Quantized, whose bits are chosen, got Dense\("),
+    ],
+)
+@pytest.mark.parametrize("measure", [allocate_bits, bit_problem])
+def test_what_is_no_text_or_has_no_bits_is_refused(measure, change, words, unchecked):
+    model, params = tiny()
+    given = {"sample": prompts(0, 2, 64), "bytes": 10**6, "capacity": 128} | change
+    with pytest.raises(ValueError, match=f"bit_problem: {words}"):
+        measure(model, params, **given)

@@ -1,11 +1,12 @@
 """A prefix that is held once."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvjax
-from kvjax.cache import Dense, Paged, Ring, Shared, share
+from kvjax.cache import Dense, Paged, Ring, Shared, release, share
 from tests.tiny import prompts, tiny
 
 PREFIX, REST, LENGTHS = prompts(1, 1, 11), prompts(2, 3, 5), np.array([5, 2, 1])
@@ -18,7 +19,7 @@ def prefix(family="llama", strategy=None, capacity=16):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-@pytest.mark.parametrize("inner", [Dense(), Paged(page=4), Ring(), Shared()], ids=str)
+@pytest.mark.parametrize("inner", [Dense(), Paged(page=4), Ring()], ids=str)
 def test_rows_go_on_as_if_each_held_the_prefix(family, inner):
     model, params, held = prefix(family)
     cache = share(model, held, batch=3, capacity=10, inner=inner)
@@ -63,5 +64,33 @@ def test_room_is_counted_after_the_prefix():
 
 def test_only_one_row_can_be_shared():
     model, _ = tiny()
-    with pytest.raises(ValueError, match=r"share: `cache` holds 2 rows"):
+    with pytest.raises(ValueError, match="share: `prefix` must hold one row, got 2"):
         share(model, Dense().init(model, batch=2, capacity=4), batch=3, capacity=5)
+
+
+def test_a_prefix_of_another_model_or_none_is_refused(unchecked):
+    model, _ = tiny()
+    with pytest.raises(ValueError, match="share: `prefix` was made for another model"):
+        share(model, Dense().init(tiny("gpt2")[0], batch=1, capacity=4), batch=3, capacity=5)
+    with pytest.raises(ValueError, match="share: `prefix` must be what a strategy's `init` makes, got Dense"):
+        share(model, Dense(), batch=3, capacity=5)
+
+
+@pytest.mark.parametrize("inner", [Shared(), None, Dense, "dense"], ids=str)
+def test_what_cannot_follow_a_prefix_is_refused(inner, unchecked):
+    with pytest.raises(ValueError, match="Shared: `inner` must be a strategy that keeps rows apart.*got"):
+        Shared(inner)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["as it is", "jit"])
+def test_rows_in_pages_go_back_to_the_prefix_and_give_theirs_back(wrap):
+    model, params, held = prefix()
+    cache = share(model, held, batch=3, capacity=8, inner=Paged(page=4, pool=4))
+    wanted, cache = kvjax.prefill(model, params, cache, REST, LENGTHS)
+    assert cache.shared.inner.free == 0
+    cache = wrap(release)(cache, jnp.array([True, False, False]))
+    assert cache.length.tolist() == [11, 13, 12] and cache.shared.inner.free == 2
+    logits, cache = kvjax.prefill(model, params, cache, REST, np.array([5, 1, 1]))
+    np.testing.assert_allclose(logits[0], wanted[0], atol=1e-5)
+    cache = wrap(release)(cache)
+    assert cache.length.tolist() == [11, 11, 11] and cache.shared.inner.free == 4

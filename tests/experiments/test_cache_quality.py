@@ -108,6 +108,8 @@ def test_points_are_drawn(tmp_path):
     [
         ({"texts": -1}, "`texts` must be at least 0, got -1"),
         ({"step": 24}, "`step` must divide `scored`, 256, got 24"),
+        ({"allocated": (0.5, 2.0)}, r"`allocated` must be shares in \(0, 1\], got \(0\.5, 2\.0\)"),
+        ({"allocated": (-1.0,)}, r"`allocated` must be shares in \(0, 1\], got \(-1\.0,\)"),
         ({"strategies": ("evicting:budgt=3",)}, "evicting has the settings budget"),
     ],
 )

@@ -31,8 +31,13 @@ def open_store(cache: Cache, policy: Policy[Any], most: int | None = None) -> Pr
         policy: what leaves when room is needed, such as `POLICIES["workload_adaptive"]`.
         most: pages it may keep; all of the pool's if None. Rows get kept pages back whenever they need them.
     Raises:
-        ValueError: if `cache` has no pages or serves a store, or `most` is not between 1 and the pool's pages.
+        ValueError: if `cache` has no pages or serves a store, `policy` is none, or `most` is not between 1 and the
+            pool's pages.
     """
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        raise ValueError(
+            f'open_store: `policy` must be a policy, such as `POLICIES["lru"]` of `kvjax.cache.prefix`, got {policy!r}'
+        )
     pages = pages_of(cache, "open_store")
     pool = pages.refs.shape[0]
     most = pool if most is None else most

@@ -212,6 +212,14 @@ def test_what_does_not_go_together_is_refused():
         make_room(out.store, release(out.cache), np.array([40, 40]))
 
 
+@pytest.mark.parametrize("policy", ["lru", type(POLICIES["lru"]), None], ids=str)
+def test_a_policy_must_be_a_policy(policy, unchecked):
+    model, _ = tiny()
+    cache = Paged(page=PAGE, pool=POOL).init(model, batch=2, capacity=CAPACITY)
+    with pytest.raises(ValueError, match=r'`policy` must be a policy, such as `POLICIES\["lru"\]` of .*, got'):
+        open_store(cache, policy)
+
+
 def test_a_store_must_be_a_store(unchecked):
     model, params, cache, _ = opened()
     with pytest.raises(ValueError, match="reuse: `store` must be what `open_store` makes, got Lru"):
