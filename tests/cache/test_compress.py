@@ -170,7 +170,8 @@ class EvenLayer:
 
     limit = None
     assured = 0, 0
-    attend = look = fork = lambda self, *_: self
+    by_token = False
+    attend = look = ahead = steady = fork = lambda self, *_: self
 
     def held(self, length):
         return self.positions
