@@ -69,7 +69,8 @@ class Generate:
     """Continue the text as it is, instead of answering it as a user's message."""
     draft: str = ""
     """Guess tokens ahead and check several at once, for the same answer sooner: `lookup`, what followed where the text
-    read the same before, or `model:PATH`, a smaller model of the same vocabulary; with settings: `lookup:k=5`."""
+    read the same before, or `model:PATH`, a smaller model of the same vocabulary; with settings: `lookup:k=5`. The
+    first run compiles longer."""
     json: bool = False
     """Print one JSON object at the end, instead of text as it comes."""
     where: tyro.conf.OmitArgPrefixes[Where] = field(default_factory=Where)
