@@ -1,7 +1,7 @@
 """Tokens a second of each way to decode, beside `generate` on the same prompts, in turns.
 
-Prompts are taken in beforehand and not timed. Every way must give `generate`'s tokens, or the run stops: what differs
-by rounding at a near-tie is counted in `differing`.
+Prompts are taken in beforehand and not timed. Every way must give `generate`'s tokens: rows that differ, as
+rounding at a near-tie makes them, are counted in `differing`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ class Timing:
     rounds: int = 0
     proposed: int = 0
     accepted: int = 0
-    costs: np.ndarray | None = None
 
 
 def run(config: Config, progress: Progress) -> list[Row]:

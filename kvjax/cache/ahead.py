@@ -6,7 +6,6 @@ to be taken back: a cache of any strategy ends up as if only the right ones had 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -72,8 +71,8 @@ def settle(cache: Cache, seen: Cache, lengths: Int[Array, "batch"]) -> tuple[Cac
         q, k, v = other.new
         offset = jnp.arange(q.shape[1])[None]
         positions, valid = cache.length[:, None] + offset, offset < lengths[:, None]
-        take = one_by_one if layer.by_token else _at_once
-        layers.append(take(layer, q, k, v, positions, valid, other.mask)[2])
+        new = q, k, v, positions, valid, other.mask
+        layers.append((one_by_one(layer, *new) if layer.by_token else layer.attend(*new))[2])
     return opened.closed(tuple(layers), lengths), full
 
 
@@ -86,21 +85,29 @@ def steady(cache: Cache) -> Int[Array, "batch"] | None:
     return reduce(jnp.minimum, bounds) if bounds else None
 
 
-def look_ahead(
-    look: Callable[..., tuple[Array, Array]],
-    q: Float[Array, "batch width heads head_dim"],
-    k: Float[Array, "batch width kv_heads head_dim"],
-    v: Float[Array, "batch width kv_heads head_dim"],
-    positions: Int[Array, "batch width"],
-    valid: Bool[Array, "batch width"],
-    mask: Mask,
-    dtype,
-) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
-    """`ahead` of a layer that holds new tokens as they are, in `dtype`: what it holds, and the new ones before each."""
-    fresh = attend(
-        q, by_head(k).astype(dtype), by_head(v).astype(dtype), positions, jnp.where(valid, positions, -1), mask
-    )
-    return merge(look(q, positions, mask), fresh)
+class InOrder:
+    """What layers have in common that take in tokens at once as one by one, and hold new ones, in full, in `k`."""
+
+    def ahead(
+        self: Any,
+        q: Float[Array, "batch width heads head_dim"],
+        k: Float[Array, "batch width kv_heads head_dim"],
+        v: Float[Array, "batch width kv_heads head_dim"],
+        positions: Int[Array, "batch width"],
+        valid: Bool[Array, "batch width"],
+        mask: Mask,
+    ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
+        """What is held, and the new tokens before each."""
+        k, v = (by_head(x).astype(self.k.dtype) for x in (k, v))
+        fresh = attend(q, k, v, positions, jnp.where(valid, positions, -1), mask)
+        return merge(self.look(q, positions, mask), fresh)
+
+    def steady(self) -> Int[Array, "batch"] | None:
+        return None
+
+    @property
+    def by_token(self) -> bool:
+        return False
 
 
 def one_by_one(layer: Any, q, k, v, positions, valid, mask: Mask):
@@ -114,7 +121,3 @@ def one_by_one(layer: Any, q, k, v, positions, valid, mask: Mask):
     by_time = tuple(x.swapaxes(0, 1) for x in (q, k, v, positions, valid))
     layer, seen = jax.lax.scan(step, layer, by_time)
     return *(x.swapaxes(0, 1) for x in seen), layer
-
-
-def _at_once(layer: Any, q, k, v, positions, valid, mask: Mask):
-    return layer.attend(q, k, v, positions, valid, mask)

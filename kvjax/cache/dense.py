@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache.ahead import look_ahead
+from kvjax.cache.ahead import InOrder
 from kvjax.cache.attention import Mask, attend, by_head
 from kvjax.cache.base import LayerSpec, Strategy, check_dtype
 from kvjax.cache.feed import feed
@@ -17,7 +17,7 @@ from kvjax.pytree import pytree
 
 
 @pytree
-class DenseLayer:
+class DenseLayer(InOrder):
     """Slot `i` of a row holds its token `i`; `positions` is -1 where nothing is held yet."""
 
     k: Float[Array, "rows slots head_dim"]
@@ -40,16 +40,6 @@ class DenseLayer:
 
     def look(self, q, positions, mask: Mask):
         return attend(q, self.k, self.v, positions, self.positions, mask)
-
-    def ahead(self, q, k, v, positions, valid, mask: Mask):
-        return look_ahead(self.look, q, k, v, positions, valid, mask, self.k.dtype)
-
-    def steady(self) -> None:
-        return None
-
-    @property
-    def by_token(self) -> bool:
-        return False
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         return jnp.where(self.positions < length[:, None], self.positions, -1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.ahead import look_ahead
+from kvjax.cache.ahead import InOrder
 from kvjax.cache.attention import Mask, attend_blocks
 from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype, is_whole
 from kvjax.cache.pages import Copies, Pages, allocate, counted, no_pages
@@ -23,7 +23,7 @@ BLOCK = 512
 
 
 @pytree
-class PagedLayer:
+class PagedLayer(InOrder):
     """Slot `s` of a row's page `j` holds its position `j * page + s`.
 
     `table`, `copies` and `filled`, the tokens a row has with those it takes in, are there while the cache is open.
@@ -57,16 +57,6 @@ class PagedLayer:
 
         held = jnp.where(slots < self.filled[:, None], slots, -1)
         return attend_blocks(q, held, load, taken * page, positions, mask)
-
-    def ahead(self, q, k, v, positions, valid, mask: Mask):
-        return look_ahead(self.look, q, k, v, positions, valid, mask, self.k.dtype)
-
-    def steady(self) -> None:
-        return None
-
-    @property
-    def by_token(self) -> bool:
-        return False
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """Slots are those of a row's own pages, in its order; no page is needed to say what they hold."""

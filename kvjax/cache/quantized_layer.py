@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
-from kvjax.cache.ahead import look_ahead
+from kvjax.cache.ahead import InOrder
 from kvjax.cache.attention import Mask, attend, attend_blocks, by_head, merge
 from kvjax.cache.feed import feed
 from kvjax.cache.folded import attend_folded
@@ -28,7 +28,7 @@ FEW = 8
 
 
 @pytree
-class QuantizedLayer:
+class QuantizedLayer(InOrder):
     """A row's first `sinks` tokens lie in as many slots of `k` and `v`, the next `packed` in groups, others in a ring.
 
     The ring is the other `residual + group` slots, taken by turns. A row's length may be set back by up to `residual`
@@ -84,16 +84,9 @@ class QuantizedLayer:
     def look(self, q, positions, mask: Mask):
         return self._see(q, (self.k, self.v, self._ring(self.length)), positions, self.packed, mask)
 
-    def ahead(self, q, k, v, positions, valid, mask: Mask):
-        return look_ahead(self.look, q, k, v, positions, valid, mask, self.k.dtype)
-
     def steady(self) -> Int[Array, "batch"]:
         """Up to the token that completes a group, which it still sees in full."""
         return self.k_codec.group - (self.length - self.sinks - self.residual - self.packed)
-
-    @property
-    def by_token(self) -> bool:
-        return False
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """The slots are those of sinks and ring, then those that are packed, a group after the other."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.ahead import look_ahead
+from kvjax.cache.ahead import InOrder
 from kvjax.cache.attention import Mask, attend, by_head, merge
 from kvjax.cache.base import LayerSpec, Strategy, check_dtype
 from kvjax.cache.dense import Dense, DenseLayer
@@ -22,7 +22,7 @@ from kvjax.pytree import pytree, static
 
 
 @pytree
-class RingLayer:
+class RingLayer(InOrder):
     """Slots `0 … sinks - 1` hold the first tokens, the other `window` slots the newest, by turns."""
 
     k: Float[Array, "rows slots head_dim"]
@@ -54,14 +54,7 @@ class RingLayer:
         return replace(mask, window=window, sinks=self.sinks)
 
     def ahead(self, q, k, v, positions, valid, mask: Mask):
-        return look_ahead(self.look, q, k, v, positions, valid, self._narrowed(mask), self.k.dtype)
-
-    def steady(self) -> None:
-        return None
-
-    @property
-    def by_token(self) -> bool:
-        return False
+        return super().ahead(q, k, v, positions, valid, self._narrowed(mask))
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         return jnp.where(self.positions < length[:, None], self.positions, -1)

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.attention import Mask, merge
 from kvjax.cache.base import Cache, LayerSpec, Strategy, check
 from kvjax.cache.dense import Dense
-from kvjax.cache.paged import release
 from kvjax.pytree import pytree, static
 
 if TYPE_CHECKING:
@@ -172,11 +171,6 @@ def share(model: Transformer, prefix: Cache, *, batch: int, capacity: int, inner
     length = jnp.copy(jnp.broadcast_to(prefix.length, (batch,)))
     shared = Prefix(jnp.copy(prefix.length[0]), own.shared)
     return Cache(tuple(layers), length, model.config, strategy, shared)
-
-
-def rewind(cache: Cache) -> Cache:
-    """Every row of a `Shared` cache whose rows are `Paged`, at the prefix's end again. Works inside jit."""
-    return release(cache)
 
 
 def _own(cache: Cache) -> Cache:

@@ -18,8 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.base import Cache, fork
-from kvjax.cache.paged import Paged
-from kvjax.cache.shared import rewind
+from kvjax.cache.paged import Paged, release
 from kvjax.decode.generation import Output, check_counts
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import power_of_two
@@ -156,7 +155,7 @@ def _search(model, params, cache: Cache, logits, stop, penalty, limit, *, new: i
     met = ((last == stop[None]) & (last >= 0)).any(1)
     reason = jnp.where(search.finite, jnp.where(met, STOP_TOKEN, LIMIT), NOT_FINITE).astype(jnp.int32)
     found = replace(found, lengths=jnp.where(search.finite, found.lengths, search.made - 1))
-    return rewind(search.cache), found, _score(found, penalty), reason
+    return release(search.cache), found, _score(found, penalty), reason
 
 
 def _turn(search: Search, logits: Float[Array, "beams vocab"], stop: Int[Array, "stops"], penalty) -> Search:

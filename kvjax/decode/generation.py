@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from kvjax.cache.base import Cache, check
+from kvjax.cache.base import Cache, check, is_whole
 from kvjax.cache.prefix import PrefixStore, keep, reuse
 from kvjax.decode import state as decoding
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
@@ -116,16 +116,12 @@ def stream(
 
 
 class Begun(NamedTuple):
-    """A generation after its prompts, `tokens` and `lengths` of them; `ready` is the first `Step`, if there is one.
-
-    `prompts` are for the store.
-    """
+    """A generation after its prompts, `tokens` and `lengths` of them; `ready` is the first `Step`, if there is one."""
 
     state: State
     rules: Rules
     ready: tuple[Array, ...] | None
     store: PrefixStore | None
-    prompts: list[list[int]]
     tokens: Tokens
     lengths: Lengths
 
@@ -137,23 +133,21 @@ def start(model, params, cache, tokens, lengths, max_new, key, sampling, tokeniz
     batch, vocab = tokens.shape[0], model.config.vocab
     settings = rules(sampling, batch=batch, vocab=vocab, max_new=max_new, key=key, tokenizer=tokenizer)
     seen, texts = seen_in(tokens, lengths, vocab), (tokens, lengths)
-    prompts = []
     if store is not None:
         check(cache, model, batch, where)
         if traced(tokens, lengths, cache.length, settings.limit):
             raise ValueError(f"{where}: `store` is an index on the host, and cannot be used inside `jit`")
-        prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-        store, cache, rest = reuse(store, cache, prompts, np.asarray(settings.limit) - 1)
+        store, cache, rest = reuse(store, cache, _rows(tokens, lengths), np.asarray(settings.limit) - 1)
         tokens, lengths = as_prompts(model, cache, rest, None, where)
     _check_room(cache, lengths, settings, where)
     room = power_of_two(max_new)
     if tokens.shape[1] == 1:
         state = decoding.begin(cache, jnp.asarray(tokens[:, 0]), seen, room)
-        return Begun(state, settings, None, store, prompts, *texts)
+        return Begun(state, settings, None, store, *texts)
     logits, cache = fill(model, params, cache, tokens, lengths)
     state = decoding.begin(cache, jnp.asarray(np.zeros(batch, np.int32)), seen, room)
     state, *ready = decoding.first(state, settings, logits)
-    return Begun(state, settings, tuple(ready), store, prompts, *texts)
+    return Begun(state, settings, tuple(ready), store, *texts)
 
 
 def finish(begun: Begun, state: State, max_new: int, where: str) -> Output:
@@ -170,10 +164,14 @@ def finish(begun: Begun, state: State, max_new: int, where: str) -> Output:
         tokens, logprobs = tokens[:, :max_new], logprobs[:, :max_new]
     store, cache = begun.store, state.cache
     if store is not None:
-        ends = np.asarray(cache.length).tolist()
-        texts = [(a + b)[:end] for a, b, end in zip(begun.prompts, np.asarray(tokens).tolist(), ends, strict=True)]
-        store, cache = keep(store, cache, texts, prompts=[len(prompt) for prompt in begun.prompts])
+        prompts, ends = _rows(begun.tokens, begun.lengths), np.asarray(cache.length).tolist()
+        texts = [(a + b)[:end] for a, b, end in zip(prompts, np.asarray(tokens).tolist(), ends, strict=True)]
+        store, cache = keep(store, cache, texts, prompts=[len(prompt) for prompt in prompts])
     return Output(tokens, state.lengths, logprobs, cache, state.reason, store)
+
+
+def _rows(tokens, lengths) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
 def _check_room(cache: Cache, lengths, settings: Rules, where: str) -> None:
@@ -187,7 +185,7 @@ def _check_room(cache: Cache, lengths, settings: Rules, where: str) -> None:
 def check_counts(where: str, **counts) -> None:
     """Raise ValueError for a count that is no whole number of at least 1."""
     for name, value in counts.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
+        if not is_whole(value, 1):
             raise ValueError(f"{where}: `{name}` must be at least 1, a whole number, got {value!r}")
 
 

@@ -174,7 +174,7 @@ def _sample(
     seen, logits = (jnp.take(x, rows, axis=0) for x in (seen_in(tokens, lengths, vocab), logits))
     state = decoding.begin(cache, jnp.asarray(np.zeros(batch, np.int32)), seen, power_of_two(max_new))
     state, *ready = decoding.first(state, settings, logits)
-    begun = Begun(state, settings, tuple(ready), None, [], tokens, lengths)
+    begun = Begun(state, settings, tuple(ready), None, tokens, lengths)
     return finish(begun, decoding.advance(model, params, state, settings, max_new), max_new, where)
 
 

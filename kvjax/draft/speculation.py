@@ -22,7 +22,7 @@ from kvjax.cache.ahead import ahead, settle, steady
 from kvjax.cache.base import Cache
 from kvjax.decode import state as decoding
 from kvjax.decode.generation import Begun, Output, Step, finish, start
-from kvjax.decode.prompts import Lengths, Tokens, traced
+from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
 from kvjax.decode.state import NOT_FINITE, State, emit, emit_at
 from kvjax.draft.base import Draft, View
@@ -174,7 +174,7 @@ def _opened(
     begun = start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, "speculate")
     texts = begun.tokens, begun.lengths
     if before is not None:
-        texts = _joined(before, *texts)
+        texts = _joined(model, before, *texts)
     spec = _begin(draft, begun.state, *texts, begun.ready is not None, len(choices))
     return begun, spec, partial(_speculate, model, params, draft, widths=choices), choices
 
@@ -196,17 +196,14 @@ def widths(draft: Draft) -> tuple[int, ...]:
     return 0, *(n for n in (2**i - 1 for i in range(1, 16)) if n < draft.most), draft.most
 
 
-def _joined(before: Sequence[Sequence[int]], tokens, lengths):
+def _joined(model: Transformer, before: Sequence[Sequence[int]], tokens, lengths):
     """Rows of what was before and what is new, as one array, and their lengths."""
     if traced(tokens, lengths):
         raise ValueError("speculate: `before` is put together on the host, and cannot be used inside `jit`")
     if len(before) != len(tokens):
         raise ValueError(f"speculate: `before` must have {len(tokens)} rows, one a prompt, got {len(before)}")
     rows = [[*old, *row[:length].tolist()] for old, row, length in zip(before, tokens, lengths, strict=True)]
-    table = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = row
-    return table, np.array([len(row) for row in rows], np.int32)
+    return as_prompts(model, None, rows, None, "speculate")
 
 
 def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool, choices: int) -> Speculation:
