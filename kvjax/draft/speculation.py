@@ -268,7 +268,7 @@ def _guessed(choices: tuple[int, ...]) -> list[float]:
 
 @partial(jax.jit, static_argnames=("model", "widths"), donate_argnames="spec")
 def _speculate(model, params, draft, spec: Speculation, rules: Rules, costs, rounds, *, widths: tuple[int, ...]):
-    """Up to `rounds` rounds, in one loop for each number of guesses inside one over them all.
+    """Up to `rounds` rounds: each is planned, and then made in the loop of its number of guesses, which turns once.
 
     XLA writes a cache in place in a loop, and copies it in a branch.
     """
@@ -278,18 +278,18 @@ def _speculate(model, params, draft, spec: Speculation, rules: Rules, costs, rou
         return spec.state.running.any() & (spec.rounds.sum() < most)
 
     def turn(spec: Speculation) -> Speculation:
+        spec = _plan(draft, spec, rules, costs, widths)
         for i, width in enumerate(widths):
             one = partial(_plain, model, params, rules) if width == 0 else partial(_round, model, params, rules, width)
 
             def body(spec: Speculation, one=one, i=i) -> Speculation:
                 spec = one(spec)
-                spec = replace(spec, rounds=spec.rounds.at[i].add(1))
-                return _plan(draft, spec, rules, costs, widths)
+                return replace(spec, choice=jnp.full_like(spec.choice, -1), rounds=spec.rounds.at[i].add(1))
 
-            spec = jax.lax.while_loop(lambda spec, i=i: going(spec) & (spec.choice == i), body, spec)
+            spec = jax.lax.while_loop(lambda spec, i=i: spec.choice == i, body, spec)
         return spec
 
-    return jax.lax.while_loop(going, turn, _plan(draft, spec, rules, costs, widths))
+    return jax.lax.while_loop(going, turn, spec)
 
 
 def _plain(model, params, rules: Rules, spec: Speculation) -> Speculation:
