@@ -42,8 +42,12 @@ class PagedLayer(InOrder):
         return self.most
 
     def attend(self, q, k, v, positions, valid, mask: Mask):
-        layer = replace(self, k=self._write(self.k, k, positions, valid), v=self._write(self.v, v, positions, valid))
+        layer = self.write(k, v, positions, valid)
         return *layer.look(q, positions, mask), layer
+
+    def write(self, k, v, positions, valid) -> PagedLayer:
+        """The open layer with new tokens in its pages, as `attend` takes them in."""
+        return replace(self, k=self._write(self.k, k, positions, valid), v=self._write(self.v, v, positions, valid))
 
     def look(self, q, positions, mask: Mask):
         assert self.table is not None and self.filled is not None, "an open layer"

@@ -92,7 +92,7 @@ class Codec:
             scales = scale[..., 0]
         else:
             axis = -2 if self.form == "channel" else -1
-            codes, scale, offset = _affine(x, self.bits, axis, self.dtype)
+            codes, scale, offset = affine(x, self.bits, axis, self.dtype)
             scales = jnp.concatenate([scale.squeeze(axis), offset.squeeze(axis)], 2).astype(self.dtype)
         codes = codes.transpose((0, 2, 3, 1) if self.keys else (0, 2, 1, 3))
         return pack(codes, self.bits), scales.swapaxes(1, 2)
@@ -138,7 +138,7 @@ class Codec:
         return (x.astype(jnp.float32) @ rotation(self.head_dim).T).astype(x.dtype) if self.form == "rotated" else x
 
 
-def _affine(x: Tokens, bits: int, axis: int, dtype: str):
+def affine(x: Tokens, bits: int, axis: int, dtype: str):
     """Codes, scale and offset that span the range; these are rounded to `dtype` first, so that codes make up for it."""
     top = 2**bits - 1
     offset = x.min(axis, keepdims=True).astype(dtype).astype(jnp.float32)

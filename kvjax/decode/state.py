@@ -92,7 +92,7 @@ def emit_at(
     here = (jnp.arange(state.tokens.shape[1])[None] == state.lengths[:, None]) & active[:, None]
     rows = jnp.arange(token.shape[0])
     lengths = state.lengths + active.astype(jnp.int32)
-    matched, met = _follow(state.matched, rules, token)
+    matched, met = follow(state.matched, rules, token)
     reason = jnp.where(lengths >= rules.limit, LIMIT, RUNNING)
     reason = jnp.where(met, STOP_STRING, reason)
     reason = jnp.where((token[:, None] == rules.stop).any(-1), STOP_TOKEN, reason)
@@ -117,6 +117,23 @@ def advance(model: Transformer, params: Params, state: State, rules: Rules, step
     return _advance(model, params, state, rules, jnp.asarray(steps, jnp.int32))[0]
 
 
+def loop(
+    model: Transformer, params: Params, state: State, rules: Rules, steps: Int[Array, ""], least: Int[Array, ""]
+) -> State:
+    """`advance`, to be traced: goes on while at least `least` rows run, 1 or more."""
+    begun = state.step
+
+    def unfinished(state: State):
+        return (state.running.sum() >= least) & (state.step < begun + steps)
+
+    def body(state: State):
+        lengths = state.running.astype(jnp.int32)
+        logits, cache = cached(model, params, state.pending[:, None], lengths, state.cache)
+        return emit(replace(state, cache=cache), rules, logits)
+
+    return jax.lax.while_loop(unfinished, body, state)
+
+
 def step(
     model: Transformer, params: Params, state: State, rules: Rules
 ) -> tuple[State, Int[Array, "batch"], Float[Array, "batch"], Int[Array, "batch"]]:
@@ -135,17 +152,8 @@ def first(state: State, rules: Rules, logits: Float[Array, "batch vocab"]):
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _advance(model, params, state: State, rules: Rules, steps):
-    begun, had = state.step, state.lengths
-
-    def unfinished(state: State):
-        return state.running.any() & (state.step < begun + steps)
-
-    def body(state: State):
-        lengths = state.running.astype(jnp.int32)
-        logits, cache = cached(model, params, state.pending[:, None], lengths, state.cache)
-        return emit(replace(state, cache=cache), rules, logits)
-
-    return _report(jax.lax.while_loop(unfinished, body, state), had)
+    had = state.lengths
+    return _report(loop(model, params, state, rules, steps, jnp.int32(1)), had)
 
 
 def _report(state: State, had: Int[Array, "batch"]):
@@ -155,8 +163,8 @@ def _report(state: State, had: Int[Array, "batch"]):
     return state, jnp.where(fresh, token, -1), jnp.where(fresh, logprob, 0.0), state.reason + 0
 
 
-def _follow(matched: Int[Array, "batch"], rules: Rules, token: Int[Array, "batch"]):
-    """Run each row's stop-string automaton over its new token."""
+def follow(matched: Int[Array, "batch"], rules: Rules, token: Int[Array, "batch"]):
+    """Run each row's stop-string automaton over its new token: its state then, and whether a string was met."""
     if rules.automaton.next.shape[0] == 0:
         return matched, jnp.zeros(matched.shape, bool)
     hits = rules.automaton.hits[matched, token]

@@ -54,7 +54,10 @@ class Draft(Protocol):
         ...
 
     def observe(self, own: Any, view: View) -> Any:
-        """The state once the text has grown to what `view` shows; called each time that it has."""
+        """The state once the text has grown to what `view` shows; called each time that it has.
+
+        A row whose length is 0 is about to begin another text.
+        """
         ...
 
 

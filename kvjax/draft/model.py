@@ -82,7 +82,7 @@ class DraftModel:
 
     def observe(self, own: Cache, view: View) -> Cache:
         """Guesses that were wrong are forgotten: their slots are written again before they are seen."""
-        return replace(own, length=jnp.minimum(own.length, view.length - 1))
+        return replace(own, length=jnp.clip(own.length, 0, jnp.maximum(view.length - 1, 0)))
 
     def _catch_up(self, own: Cache, view: View, want: Int[Array, ""]):
         """Take in what is new in the text, if guesses are wanted; the logits after each row's newest token."""

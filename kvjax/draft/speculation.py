@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.cache.ahead import ahead, settle, steady
 from kvjax.cache.base import Cache
@@ -58,7 +58,10 @@ class Speculated:
 
 @pytree
 class Speculation:
-    """A speculating generation under way: what `State` is for `generate`, the draft's state and the next guesses."""
+    """A speculating generation under way: what `State` is for `generate`, the draft's state and the next guesses.
+
+    `text` holds each row's prompt and new tokens, `length` of them; rows that are not `wanted` are guessed nothing.
+    """
 
     state: State
     own: Any
@@ -72,6 +75,11 @@ class Speculation:
     proposed: Int[Array, "batch"]
     accepted: Int[Array, "batch"]
     rounds: Int[Array, "choices"]
+    wanted: Bool[Array, "batch"]
+
+    @property
+    def running(self) -> Bool[Array, "batch"]:
+        return self.state.running
 
 
 def speculate(
@@ -109,7 +117,7 @@ def speculate(
     begun, spec, run, choices = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
-    paid = _paid(costs, choices)
+    paid = paid_for(costs, choices)
     if costs is None and not traced(begun.state.reason):
         spec, paid = _measured(run, spec, begun.rules, choices)
     spec = run(spec, begun.rules, paid, jnp.iinfo(jnp.int32).max)
@@ -139,7 +147,7 @@ def stream(
     begun, spec, run, choices = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
-    paid, had = _paid(costs, choices), np.zeros(spec.length.shape, np.int32)
+    paid, had = paid_for(costs, choices), np.zeros(spec.length.shape, np.int32)
     while True:
         made, table, scores, reason = (
             np.array(x) for x in (spec.state.lengths, spec.state.tokens, spec.state.logprobs, spec.state.reason)
@@ -175,11 +183,12 @@ def _opened(
     texts = begun.tokens, begun.lengths
     if before is not None:
         texts = _joined(model, before, *texts)
-    spec = _begin(draft, begun.state, *texts, begun.ready is not None, len(choices))
-    return begun, spec, partial(_speculate, model, params, draft, widths=choices), choices
+    spec = _begin(draft, begun.state, *texts, begun.ready is not None)
+    return begun, spec, partial(advance, model, params, draft, widths=choices), choices
 
 
-def _paid(costs, choices: tuple[int, ...]) -> Float[Array, "choices"]:
+def paid_for(costs, choices: tuple[int, ...]) -> Float[Array, "choices"]:
+    """`costs` as an array; where None are given, those that are taken for granted."""
     return jnp.asarray(_guessed(choices) if costs is None else costs, jnp.float32)
 
 
@@ -206,7 +215,7 @@ def _joined(model: Transformer, before: Sequence[Sequence[int]], tokens, lengths
     return as_prompts(model, None, rows, None, "speculate")
 
 
-def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool, choices: int) -> Speculation:
+def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool) -> Speculation:
     """Before the first round: the text is the prompt and, if there is one already, the first new token."""
     batch, width = tokens.shape
     size = power_of_two(width + state.tokens.shape[1])
@@ -216,27 +225,36 @@ def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool, choices
         text = jnp.asarray(text)
     else:
         text = jnp.pad(tokens, ((0, 0), (0, size - width)))
+    spec = blank(draft, state, text, jnp.asarray(lengths, jnp.int32))
+    return _first(spec) if has_first else spec
+
+
+def blank(
+    draft: Draft | None, state: State, text: Int[Array, "batch size"], length: Int[Array, "batch"]
+) -> Speculation:
+    """Before the first round of a draft, or, with None, of no draft at all."""
+    batch, size = text.shape
     zeros = partial(np.zeros, dtype=np.int32)
-    spec = Speculation(
+    return Speculation(
         state=state,
-        own=draft.init(batch, size),
+        own=None if draft is None else draft.init(batch, size),
         text=text,
-        length=jnp.asarray(lengths, jnp.int32),
-        guess=jnp.asarray(zeros((batch, draft.most))),
+        length=length,
+        guess=jnp.asarray(zeros((batch, 0 if draft is None else draft.most))),
         count=jnp.asarray(zeros(batch)),
         choice=jnp.asarray(zeros(())),
         right=jnp.asarray(np.zeros(batch, np.float32)),
         checked=jnp.asarray(np.zeros(batch, np.float32)),
         proposed=jnp.asarray(zeros(batch)),
         accepted=jnp.asarray(zeros(batch)),
-        rounds=jnp.asarray(zeros(choices)),
+        rounds=jnp.asarray(zeros(1 if draft is None else len(widths(draft)))),
+        wanted=jnp.asarray(np.ones(batch, bool)),
     )
-    return _first(spec) if has_first else spec
 
 
 @partial(jax.jit, donate_argnames="spec")
 def _first(spec: Speculation) -> Speculation:
-    return _grown(spec, spec.state.pending[:, None], spec.state.lengths)
+    return grown(spec, spec.state.pending[:, None], spec.state.lengths)
 
 
 def _measured(run, spec: Speculation, rules: Rules, choices: tuple[int, ...]) -> tuple[Speculation, Array]:
@@ -267,15 +285,16 @@ def _guessed(choices: tuple[int, ...]) -> list[float]:
 
 
 @partial(jax.jit, static_argnames=("model", "widths"), donate_argnames="spec")
-def _speculate(model, params, draft, spec: Speculation, rules: Rules, costs, rounds, *, widths: tuple[int, ...]):
-    """Up to `rounds` rounds: each is planned, and then made in the loop of its number of guesses, which turns once.
+def advance(model, params, draft, spec: Speculation, rules: Rules, costs, rounds, least=1, *, widths: tuple[int, ...]):
+    """Up to `rounds` rounds, while at least `least` rows run; `spec` is donated.
 
-    XLA writes a cache in place in a loop, and copies it in a branch.
+    Each is planned, and then made in the loop of its number of guesses, which turns once: XLA writes a cache in place
+    in a loop, and copies it in a branch.
     """
     most = spec.rounds.sum() + jnp.minimum(rounds, jnp.iinfo(jnp.int32).max - spec.rounds.sum())
 
     def going(spec: Speculation):
-        return spec.state.running.any() & (spec.rounds.sum() < most)
+        return (spec.running.sum() >= least) & (spec.rounds.sum() < most)
 
     def turn(spec: Speculation) -> Speculation:
         spec = _plan(draft, spec, rules, costs, widths)
@@ -299,7 +318,7 @@ def _plain(model, params, rules: Rules, spec: Speculation) -> Speculation:
     state = emit(replace(state, cache=cache), rules, logits)
     idle = jnp.full_like(spec.right, FORGIVING)
     spec = replace(spec, state=state, right=spec.right * idle, checked=spec.checked * idle)
-    return _grown(spec, state.pending[:, None], state.lengths - had)
+    return grown(spec, state.pending[:, None], state.lengths - had)
 
 
 def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Speculation:
@@ -338,10 +357,10 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     )
     last = jnp.arange(width + 1)[None] == (made - 1)[:, None]
     new = jnp.where(last, state.pending[:, None], jnp.pad(guess, ((0, 0), (0, 1))))
-    return _grown(spec, new, made)
+    return grown(spec, new, made)
 
 
-def _grown(spec: Speculation, new: Int[Array, "batch width"], count: Int[Array, "batch"]) -> Speculation:
+def grown(spec: Speculation, new: Int[Array, "batch width"], count: Int[Array, "batch"]) -> Speculation:
     """With each row's first `count` of `new` at the end of its text."""
     nth = jnp.arange(spec.text.shape[1])[None] - spec.length[:, None]
     put = jnp.take_along_axis(new, jnp.clip(nth, 0, new.shape[1] - 1), axis=1)
@@ -349,10 +368,10 @@ def _grown(spec: Speculation, new: Int[Array, "batch width"], count: Int[Array, 
     return replace(spec, text=text, length=spec.length + count)
 
 
-def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[int, ...]) -> Speculation:
-    """The next guesses, and how many of them are worth checking."""
+def view_of(spec: Speculation, rules: Rules) -> View:
+    """What a draft may look at."""
     state = spec.state
-    view = View(
+    return View(
         text=spec.text,
         length=spec.length,
         running=state.running,
@@ -362,8 +381,15 @@ def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[in
         counts=state.counts,
         rules=rules,
     )
+
+
+def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[int, ...]) -> Speculation:
+    """The next guesses, and how many of them are worth checking."""
+    state, view = spec.state, view_of(spec, rules)
     own = draft.observe(spec.own, view)
-    room = jnp.where(state.running, rules.limit - state.lengths - 1, 0)  # the last token needs no guess after it
+    room = jnp.where(
+        state.running & spec.wanted, rules.limit - state.lengths - 1, 0
+    )  # the last token needs no guess after it
     if (bound := steady(state.cache)) is not None:
         room = jnp.minimum(room, bound - 1)
     room = jnp.maximum(room, 0)

@@ -226,7 +226,7 @@ def test_lengths_and_settings_cost_no_compile():
     call(max_new=16)
     with Compiles() as compiles:
         call(max_new=9, tokens=TOKENS[:, :9], lengths=jnp.array([9, 2, 3]), sampling=Sampling(temperature=0.8))
-    assert compiles.of("_speculate") == 0
+    assert compiles.of("advance") == 0
 
 
 def test_the_cache_stays_in_place():
@@ -234,10 +234,10 @@ def test_the_cache_stays_in_place():
     cache = Dense().init(model, batch=2, capacity=4096)
     state = kvjax.decode.begin(cache, jnp.zeros(2, jnp.int32), jnp.zeros((2, 61), bool), 16)
     draft = PromptLookup(k=3)
-    spec = speculation._begin(draft, state, np.ones((2, 1), np.int32), np.ones(2, np.int32), False, 3)
+    spec = speculation._begin(draft, state, np.ones((2, 1), np.int32), np.ones(2, np.int32), False)
     rules = kvjax.decode.rules(Sampling(), batch=2, vocab=61, max_new=16)
     costs = jnp.ones(3)
-    program = speculation._speculate.lower(model, params, draft, spec, rules, costs, 9, widths=widths(draft)).compile()
+    program = speculation.advance.lower(model, params, draft, spec, rules, costs, 9, widths=widths(draft)).compile()
     assert program.memory_analysis().alias_size_in_bytes >= kvjax.nbytes(cache)
     assert program.memory_analysis().temp_size_in_bytes < kvjax.nbytes(cache) / 1.8  # logits of four queries a row
     assert "f32[4,4096,8]" in program.as_text()

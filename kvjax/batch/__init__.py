@@ -1,0 +1,34 @@
+"""Continuous batching: requests come to slots and leave while others decode."""
+
+from kvjax.batch.parking import Parked, park, unpark
+from kvjax.batch.request import Request, Result
+from kvjax.batch.serve import Cancel, serve
+from kvjax.batch.serving import Serving, Settings, cancel, open, submit, turn
+from kvjax.batch.slots import WAITING, Made, Slots, admit, decode, feed, heed, init, look, retire, step
+
+__all__ = [
+    "WAITING",
+    "Cancel",
+    "Made",
+    "Parked",
+    "Request",
+    "Result",
+    "Serving",
+    "Settings",
+    "Slots",
+    "admit",
+    "cancel",
+    "decode",
+    "feed",
+    "heed",
+    "init",
+    "look",
+    "open",
+    "park",
+    "retire",
+    "serve",
+    "step",
+    "submit",
+    "turn",
+    "unpark",
+]

@@ -1,0 +1,58 @@
+"""What is asked of `serve`, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from kvjax.decode.sampling import GREEDY, Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt.
+
+    Args:
+        name: what its result is called; no two of a `serve` may share one.
+        tokens: the prompt's ids.
+        max_new: new tokens, at most.
+        sampling: its settings. A request that samples draws by `sampling.seed`, or else by how many came before it.
+        priority: the higher goes first; every `patience` seconds of waiting count for one more.
+        arrival: seconds after the start.
+        speculate: whether guesses are checked for it, where there is a draft.
+    """
+
+    name: Hashable
+    tokens: Sequence[int]
+    max_new: int
+    sampling: Sampling = GREEDY
+    priority: float = 0.0
+    arrival: float = 0.0
+    speculate: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a request.
+
+    Args:
+        tokens, logprobs: the new ones, as in `Output`.
+        reason: one of `REASONS`, "cancelled", or "refused", and then `error` says why.
+        arrived, first, done: seconds: when it was submitted, had its first token (None if it never did), and left.
+        reused: tokens of its prompt that the prefix store had.
+        parked: how often it gave up its row to another.
+        proposed, accepted: guesses checked, and right.
+    """
+
+    name: Hashable
+    tokens: list[int]
+    logprobs: list[float]
+    reason: str
+    error: str | None = None
+    arrived: float = 0.0
+    first: float | None = None
+    done: float = 0.0
+    reused: int = 0
+    parked: int = 0
+    proposed: int = 0
+    accepted: int = 0
