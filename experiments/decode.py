@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 import kvjax
+from experiments.decode_batches import Batches, sample_rows, trace_rows
 from experiments.registry import Progress, Row
 from experiments.run import spell
 from experiments.text import help_pages
@@ -48,14 +49,18 @@ ASKS: dict[str, tuple[str, Callable[[int], str]]] = {
 """What is asked of the model, and of which text."""
 
 
+MANY = "trace", "samples"
+"""Works of many rows: see `Batches`."""
+
+
 @dataclass(frozen=True)
-class Config:
-    """The fields of `decode.yaml`.
+class Config(Batches):
+    """The fields of `decode.yaml`, with those of `Batches`.
 
     Args:
         model: as `kvjax.load` takes it.
         methods: names of `METHODS`; `generate` is always measured.
-        works: names of `ASKS`.
+        works: names of `ASKS`, and of `MANY`.
         batches: rows at a time.
         prompts: of each work.
         new: tokens a row, at most.
@@ -64,17 +69,17 @@ class Config:
 
     model: str = "smollm2"
     methods: tuple[str, ...] = tuple(METHODS)
-    works: tuple[str, ...] = tuple(ASKS)
+    works: tuple[str, ...] = (*ASKS, *MANY)
     batches: tuple[int, ...] = (1, 8)
     prompts: int = 8
     new: int = 128
     turns: int = 3
 
     def __post_init__(self):
-        for name in ("prompts", "new", "turns"):
+        for name in ("prompts", "new", "turns", "requests", "divide", "rows", "slots", "samples", "prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"decode: `{name}` must be at least 1, got {getattr(self, name)}")
-        for name, known in (("methods", METHODS), ("works", ASKS)):
+        for name, known in (("methods", METHODS), ("works", (*ASKS, *MANY))):
             if unknown := [x for x in getattr(self, name) if x not in known]:
                 raise ValueError(f"decode: `{name}` must be among {', '.join(known)}, got {unknown}")
         for batch in self.batches:
@@ -102,7 +107,7 @@ def run(config: Config, progress: Progress) -> list[Row]:
         raise ValueError(f"decode: {config.model} has no tokenizer, and the prompts are text")
     sampling = kvjax.Sampling(stop=tokenizer.stop_ids)
     rows: list[Row] = []
-    works = [(work, batch) for work in config.works for batch in config.batches]
+    works = [(work, batch) for work in config.works if work in ASKS for batch in config.batches]
     for number, (work, batch) in enumerate(works):
         prompts = [ask(tokenizer, work, i) for i in range(config.prompts)]
         capacity = -(-(max(map(len, prompts)) + config.new) // 256) * 256
@@ -134,7 +139,18 @@ def run(config: Config, progress: Progress) -> list[Row]:
                     timings[name].append(timing)
         for name in timings:
             rows.append(_row(name, work, batch, timings, differing[name], costs[name]))
-            print("  ".join(f"{key} {spell(value)}" for key, value in rows[-1].items()), file=sys.stderr, flush=True)
+            _say(rows[-1:])
+    if "trace" in config.works:
+        rows += _say(trace_rows(model, params, tokenizer, config, config.turns, progress))
+    if "samples" in config.works:
+        rows += _say(sample_rows(model, params, tokenizer, config, config.new, config.turns, progress))
+    return rows
+
+
+def _say(rows: list[Row]) -> list[Row]:
+    """What is measured so far, for whoever watches."""
+    for row in rows:
+        print("  ".join(f"{key} {spell(value)}" for key, value in row.items()), file=sys.stderr, flush=True)
     return rows
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from kvjax.version import __version__
 
 if TYPE_CHECKING:
-    from kvjax import cache, decode, draft
+    from kvjax import batch, cache, decode, draft
+    from kvjax.batch import serve
     from kvjax.cache import Cache, fork, nbytes
     from kvjax.config import ModelConfig, Precision, Rope
     from kvjax.decode import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kvjax.weights import load, restore, restore_store, save, save_model, save_store
 
 _HOMES = {
+    "kvjax.batch": ("serve",),
     "kvjax.cache": ("Cache", "fork", "nbytes"),
     "kvjax.config": ("ModelConfig", "Precision", "Rope"),
     "kvjax.decode": (
@@ -49,7 +51,7 @@ _HOMES = {
     "kvjax.weights": ("load", "restore", "restore_store", "save", "save_model", "save_store"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_ROOMS = ("cache", "decode", "draft")
+_ROOMS = ("batch", "cache", "decode", "draft")
 
 __all__ = [
     "Cache",
@@ -60,6 +62,7 @@ __all__ = [
     "Sampling",
     "Transformer",
     "__version__",
+    "batch",
     "beam",
     "best_of",
     "cache",
@@ -81,6 +84,7 @@ __all__ = [
     "save",
     "save_model",
     "save_store",
+    "serve",
     "speculate",
     "stream",
 ]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from kvjax import batch
 from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared
 from kvjax.draft import DraftModel, PromptLookup, widths
 
@@ -87,6 +88,18 @@ def _resumed(model, params, cache, tokens, lengths, new):
     return np.concatenate([first.tokens, rest.tokens], 1)
 
 
+def _served(model, params, cache, tokens, lengths, new):
+    """Three requests for two slots, taken in a chunk at a time where what is kept does not depend on it."""
+    chunk = 64 if cache.strategy in [CACHES[name] for name in CHUNKED] else 5
+    serving = batch.open(
+        model, cache.strategy, slots=2, capacity=64, max_new=new, settings=batch.Settings(chunk=chunk, steps=3)
+    )
+    rows = [row[:length].tolist() for row, length in zip(np.asarray(tokens), lengths, strict=True)]
+    requests = [batch.Request(name, row, new) for name, row in enumerate(rows)]
+    results = {result.name: result.tokens for result in batch.serve(model, params, serving, requests)}
+    return np.array([results[name] for name in range(len(rows))])
+
+
 DECODERS = {
     "`decode_step`": _decode_step,
     "`generate`": _generate,
@@ -96,9 +109,14 @@ DECODERS = {
     "`stream`": _stream,
     "`speculate`, `PromptLookup`": _looked_up,
     "`speculate`, `DraftModel`": _drafted,
+    "`serve`": _served,
 }
 
-UNSUPPORTED: dict[tuple[str, str], str] = {}
+UNSUPPORTED: dict[tuple[str, str], str] = {
+    (cache, "`serve`"): "`strategy` must keep rows apart, but rows of Shared begin with one prefix"
+    for cache in CACHES
+    if cache.startswith("Shared")
+}
 """(cache, decoder) to the sentence that says why not."""
 
 

@@ -14,6 +14,7 @@ NAMES = [
     "Sampling",
     "Transformer",
     "__version__",
+    "batch",
     "beam",
     "best_of",
     "cache",
@@ -35,6 +36,7 @@ NAMES = [
     "save",
     "save_model",
     "save_store",
+    "serve",
     "speculate",
     "stream",
 ]

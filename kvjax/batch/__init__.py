@@ -4,7 +4,7 @@ from kvjax.batch.parking import Parked, park, unpark
 from kvjax.batch.request import Request, Result
 from kvjax.batch.serve import Cancel, serve
 from kvjax.batch.serving import Serving, Settings, cancel, open, submit, turn
-from kvjax.batch.slots import WAITING, Made, Slots, admit, decode, feed, heed, init, look, retire, step
+from kvjax.batch.slots import WAITING, Made, Slots, Watch, admit, decode, feed, heed, init, look, retire, step, watch
 
 __all__ = [
     "WAITING",
@@ -16,6 +16,7 @@ __all__ = [
     "Serving",
     "Settings",
     "Slots",
+    "Watch",
     "admit",
     "cancel",
     "decode",
@@ -31,4 +32,5 @@ __all__ = [
     "submit",
     "turn",
     "unpark",
+    "watch",
 ]

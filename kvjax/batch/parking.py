@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.batch.rows import empty_row, put_row, row_of
-from kvjax.batch.slots import Made, Slots, look, put_row_of_slots, retire, row_of_slots, with_cache
+from kvjax.batch.slots import Made, Slots, look, put_row_of_slots, retire, row_of_slots, watch, with_cache
 from kvjax.cache.attention import Mask
 from kvjax.cache.base import Cache, nbytes
 from kvjax.cache.dense import DenseLayer
@@ -65,7 +65,7 @@ def park(slots: Slots, row: int, way: str) -> tuple[Slots, Parked]:
         ValueError: for another way than those in `WAYS`, or one that the slots' cache does not allow.
     """
     check_way(slots, way, "park")
-    length = int(slots.cache.length[row])
+    length = int(watch(slots).held[row])
     if way == "recompute" or length == 0:
         slots, (made,) = retire(slots, [row])
         return slots, Parked(made, length)
@@ -89,7 +89,7 @@ def unpark(model: Transformer, slots: Slots, row: int, parked: Parked, *, draft:
     Raises:
         ValueError: for a row that is not free, or a request that holds nothing.
     """
-    if not bool(slots.free[row]):
+    if not watch(slots).free[row]:
         raise ValueError(f"unpark: `row` must be a free one, got {row}")
     if parked.row is None:
         raise ValueError("unpark: `parked` holds no keys and values: `admit` it with what it had made")

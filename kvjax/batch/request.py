@@ -26,8 +26,8 @@ class Request:
     tokens: Sequence[int]
     max_new: int
     sampling: Sampling = GREEDY
-    priority: float = 0.0
-    arrival: float = 0.0
+    priority: float | int = 0
+    arrival: float | int = 0
     speculate: bool = True
 
 

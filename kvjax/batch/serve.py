@@ -16,7 +16,7 @@ class Cancel:
     """Among requests: let the one of this name go, `arrival` seconds after the start."""
 
     name: Hashable
-    arrival: float = 0.0
+    arrival: float | int = 0
 
 
 def serve(
@@ -25,7 +25,7 @@ def serve(
     serving: Serving,
     requests: Iterable[Request | Cancel],
     *,
-    pace: float | None = None,
+    pace: float | int | None = None,
 ) -> Generator[Result, None, Serving]:
     """Serve requests, and yield the result of each as soon as it is done; the return value serves more.
 

@@ -43,7 +43,7 @@ class Settings:
 
     chunk: int = 256
     steps: int = 16
-    patience: float = 10.0
+    patience: float | int = 10
     preempt: str = "recompute"
     draft: Draft | None = None
     costs: Sequence[float] | None = None
@@ -109,7 +109,9 @@ def open(
         ValueError: for what `batch.init` refuses, or a way to preempt or a store that does not go with the strategy.
     """
     settings = Settings() if settings is None else settings
-    made = seats.init(model, strategy, slots=slots, capacity=capacity, max_new=max_new, draft=settings.draft, ids=ids)
+    made = seats.init(
+        model, strategy, slots=slots, capacity=capacity, max_new=max_new, draft=settings.draft, key=key, ids=ids
+    )
     check_way(made, settings.preempt, "batch.open")
     kept = None if store is None else open_store(made.cache, store)
     return Serving(made, settings, key, kept, (None,) * slots)
@@ -211,7 +213,9 @@ def _admit(model, serving: Serving, row: int, ticket: Ticket) -> Serving:
             made=None if kept is None else kept.made,
         )
         whole = [*request.tokens, *([] if kept is None else kept.made.tokens)]
-        serving, reused = _reused(replace(serving, slots=slots), row, whole[: int(slots.goal[row])])
+        serving, reused = _reused(
+            replace(serving, slots=slots), row, whole[: len(whole) - bool(kept is not None and kept.made.tokens)]
+        )
         ticket = replace(ticket, reused=ticket.reused + reused)
     seated = tuple(replace(ticket, kept=None) if i == row else there for i, there in enumerate(serving.seated))
     waiting = tuple(t for t in serving.waiting if t.number != ticket.number)
@@ -238,11 +242,11 @@ def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[R
     """A chunk of each filling row's prompt, and results of requests that end with their first token."""
     settings, results = serving.settings, []
     with_model, with_params = settings.prefill or (model, params)
-    for row in np.flatnonzero(np.asarray(serving.slots.filling)).tolist():
+    for row in np.flatnonzero(seats.watch(serving.slots).filling).tolist():
         if serving.seated[row] is None:  # it has given way to one before it
             continue
-        left = int(serving.slots.goal[row]) - int(serving.slots.cache.length[row])
-        lengths = _alone(serving, row, min(settings.chunk, left))
+        now = seats.watch(serving.slots)
+        lengths = _alone(serving, row, min(settings.chunk, int(now.goal[row] - now.held[row])))
         serving, good = _roomy(serving, lengths)
         while not good and serving.seated[row] is not None:
             serving, good = _roomy(_give_up(serving, _weakest(serving, time)[0]), lengths)
@@ -250,7 +254,7 @@ def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[R
             continue
         slots = seats.feed(with_model, with_params, serving.slots, row, chunk=settings.chunk)
         serving = replace(serving, slots=slots)
-        if not bool(slots.filling[row]):
+        if not seats.watch(slots).filling[row]:
             serving, ended = _finished(_remember(serving, row, time), time)
             results += ended
     return serving, results
@@ -261,25 +265,24 @@ def _decode(model, params, serving: Serving, time: float) -> Serving:
     settings, steps = serving.settings, serving.settings.steps
     guesses = 0 if settings.draft is None else settings.draft.most
     while True:
-        state = serving.slots.spec.state
-        running = np.asarray(state.running)
-        if not running.any():
+        now = seats.watch(serving.slots)
+        if not now.running.any():
             return serving
-        left = np.asarray(serving.slots.rules.limit) - np.asarray(state.lengths)
-        serving, good = _roomy(serving, np.where(running, np.minimum(left, steps * (1 + guesses)), 0))
+        ahead = np.minimum(now.limit - now.made, steps * (1 + guesses))
+        serving, good = _roomy(serving, np.where(now.running, ahead, 0))
         if good:
             break
         if steps > 1:  # fewer steps ask for fewer pages, before anyone has to leave
             steps //= 2
         else:
             serving = _give_up(serving, _weakest(serving, time)[0])
-    waits = bool(serving.waiting) or bool(np.asarray(serving.slots.filling).any())
+    waits = bool(serving.waiting) or bool(now.filling.any())
     slots = seats.decode(
         model,
         params,
         serving.slots,
         steps=steps,
-        least=int(running.sum()) if waits else 1,
+        least=int(now.running.sum()) if waits else 1,
         draft=settings.draft,
         costs=settings.costs,
     )
@@ -329,7 +332,7 @@ def _remember(serving: Serving, row: int, time: float) -> Serving:
     assert ticket is not None, "a row with a request"
     texts: list[list[int]] = [[] for _ in serving.seated]
     (made,) = seats.look(slots, [row])
-    length = int(slots.cache.length[row])
+    length = int(seats.watch(slots).held[row])
     texts[row] = [*ticket.request.tokens, *made.tokens][:length]
     asked = [0 if i != row else min(len(ticket.request.tokens), length) for i in range(len(texts))]
     store, cache = keep(serving.store, slots.cache, texts, prompts=asked, time=time)
@@ -338,7 +341,7 @@ def _remember(serving: Serving, row: int, time: float) -> Serving:
 
 def _leave(serving: Serving, row: int, time: float) -> tuple[Serving, Made]:
     """Free a row for good."""
-    if int(serving.slots.cache.length[row]):
+    if seats.watch(serving.slots).held[row]:
         serving = _remember(serving, row, time)
     slots, (made,) = seats.retire(serving.slots, [row])
     seated = tuple(None if i == row else there for i, there in enumerate(serving.seated))
@@ -347,16 +350,16 @@ def _leave(serving: Serving, row: int, time: float) -> tuple[Serving, Made]:
 
 def _finished(serving: Serving, time: float) -> tuple[Serving, list[Result]]:
     """Results of those that have ended, and when others had their first token."""
-    made, results = np.asarray(serving.slots.spec.state.lengths), []
+    now, results = seats.watch(serving.slots), []
     seated = tuple(
-        replace(t, first=time) if t is not None and t.first is None and made[i] else t
+        replace(t, first=time) if t is not None and t.first is None and now.made[i] else t
         for i, t in enumerate(serving.seated)
     )
     serving = replace(serving, seated=seated)
-    for row in np.flatnonzero(np.asarray(serving.slots.ended)):
+    for row in np.flatnonzero(now.ended).tolist():
         ticket = serving.seated[row]
         assert ticket is not None, "a row with a request"
-        serving, had = _leave(serving, int(row), time)
+        serving, had = _leave(serving, row, time)
         serving = _gone(serving, ticket.request.name)
         results.append(_result(ticket, had, time, REASONS[had.reason]))
     return serving, results

@@ -32,6 +32,10 @@ WAITING = -1
 """The reason, in `State.reason`, of a row that does not decode yet."""
 
 
+NARROWEST = 16
+"""Prompt tokens that a program takes in at once, at least."""
+
+
 @pytree
 class Slots:
     """Rows of a batch, each free or with a request in it.
@@ -51,19 +55,45 @@ class Slots:
     def cache(self) -> Cache:
         return self.spec.state.cache
 
+
+class Watch(NamedTuple):
+    """Where rows stand, on the host.
+
+    Args:
+        goal: as in `Slots`.
+        reason: as in `State`, `WAITING` for a row that does not decode yet.
+        held, made: tokens taken in, and new ones.
+        limit: new tokens at most.
+    """
+
+    goal: Int[np.ndarray, "slots"]
+    reason: Int[np.ndarray, "slots"]
+    held: Int[np.ndarray, "slots"]
+    made: Int[np.ndarray, "slots"]
+    limit: Int[np.ndarray, "slots"]
+
     @property
-    def free(self) -> Bool[Array, "slots"]:
+    def free(self) -> Bool[np.ndarray, "slots"]:
         return self.goal == 0
 
     @property
-    def filling(self) -> Bool[Array, "slots"]:
+    def filling(self) -> Bool[np.ndarray, "slots"]:
         """Rows that have not taken in their prompt yet."""
-        return (self.goal > 0) & (self.spec.state.reason == WAITING)
+        return (self.goal > 0) & (self.reason == WAITING)
 
     @property
-    def ended(self) -> Bool[Array, "slots"]:
-        reason = self.spec.state.reason
-        return (self.goal > 0) & (reason != WAITING) & (reason != RUNNING)
+    def running(self) -> Bool[np.ndarray, "slots"]:
+        return self.reason == RUNNING
+
+    @property
+    def ended(self) -> Bool[np.ndarray, "slots"]:
+        return (self.goal > 0) & (self.reason != WAITING) & (self.reason != RUNNING)
+
+
+def watch(slots: Slots) -> Watch:
+    """Where rows stand; waits for what is under way."""
+    state = slots.spec.state
+    return Watch(*jax.device_get((slots.goal, state.reason, slots.cache.length, state.lengths, slots.rules.limit)))
 
 
 class Made(NamedTuple):
@@ -84,6 +114,7 @@ def init(
     capacity: int,
     max_new: int,
     draft: Draft | None = None,
+    key: Key[Array, ""] | None = None,
     ids: int = 16,
 ) -> Slots:
     """Free slots over an empty cache.
@@ -93,6 +124,7 @@ def init(
         capacity: tokens a row can take in: prompt and new ones, but for the last.
         max_new: new tokens of a request, at most.
         draft: what will guess in `decode`; None for nothing.
+        key: one of the kind that requests will draw by; None for JAX's default kind.
         ids: token ids in each of a request's lists (`bias` with `banned`, `forced`, `stop`), at most.
     Raises:
         ValueError: for a count below 1, a `Shared` strategy, or a draft that is not for this model.
@@ -106,7 +138,7 @@ def init(
             raise ValueError(f"batch.init: the draft's `k` must be below `capacity`, {capacity}, got {draft.most}")
     cache = strategy.init(model, batch=slots, capacity=capacity)
     vocab = model.config.vocab
-    settings = _widened(rules(GREEDY, batch=slots, vocab=vocab, max_new=max_new), power_of_two(ids))
+    settings = _widened(rules(GREEDY, batch=slots, vocab=vocab, max_new=max_new, key=key), power_of_two(ids))
     pending, seen = np.zeros(slots, np.int32), np.zeros((slots, vocab), bool)
     state = decoding.begin(cache, jnp.asarray(pending), jnp.asarray(seen), power_of_two(max_new))
     state = replace(state, reason=jnp.full(slots, WAITING, jnp.int32))
@@ -168,7 +200,7 @@ def admit(
         ValueError: for a row that is not free, or a request that no slot could serve (`check`), stop strings among
             them: those are for `heed`.
     """
-    if not is_whole(row, 0) or row >= slots.goal.shape[0] or not bool(slots.free[row]):
+    if not is_whole(row, 0) or row >= slots.goal.shape[0] or not watch(slots).free[row]:
         raise ValueError(f"admit: `row` must be a free one of {slots.goal.shape[0]}, got {row!r}")
     check(model, slots, tokens, sampling, max_new, "admit")
     seeded = sampling if sampling.seed is not None else replace(sampling, seed=row)
@@ -253,24 +285,26 @@ def feed(model: Transformer, params: Params, slots: Slots, row: int, *, chunk: i
 
     Args:
         slots: donated: use the one returned.
-        chunk: padded to a power of two, each a program of its own.
+        chunk: what is left is padded to a power of two, from 16 on, each a program of its own.
     """
     check_counts("feed", chunk=chunk)
-    left = int(slots.goal[row]) - int(slots.cache.length[row])
-    width = power_of_two(max(min(chunk, left, slots.capacity), 1))
-    return _feed(model, params, slots, jnp.int32(row), width=min(width, slots.capacity))
+    now = watch(slots)
+    left = int(now.goal[row] - now.held[row])
+    width = min(power_of_two(max(left, NARROWEST)), power_of_two(chunk), slots.capacity)
+    return _feed(model, params, slots, jnp.int32(row), jnp.int32(chunk), width=width)
 
 
 @partial(jax.jit, static_argnames=("model", "width"), donate_argnames="slots")
-def _feed(model, params, slots: Slots, row, *, width: int) -> Slots:
+def _feed(model, params, slots: Slots, row, chunk, *, width: int) -> Slots:
     one = row_of_slots(slots, row)
     spec, cache = one.spec, one.cache
     had, start = spec.state.lengths, cache.length
-    count = jnp.where(one.filling, jnp.clip(one.goal - start, 0, width), 0)
+    filling = (one.goal > 0) & (spec.state.reason == WAITING)
+    count = jnp.where(filling, jnp.clip(one.goal - start, 0, jnp.minimum(chunk, width)), 0)
     at = jnp.minimum(start[:, None] + jnp.arange(width)[None], spec.text.shape[1] - 1)
     tokens = jnp.take_along_axis(spec.text, at, axis=1)
     logits, cache = cached(model, params, tokens, count, cache)
-    done = one.filling & (cache.length >= one.goal)
+    done = filling & (cache.length >= one.goal)
     state = replace(spec.state, cache=cache, reason=jnp.where(done, RUNNING, spec.state.reason))
     state = decoding.emit_at(state, one.rules, logits, cache.length, done & (had == 0))
     spec = grown(replace(spec, state=state), state.pending[:, None], state.lengths - had)
@@ -325,8 +359,8 @@ def step(
     costs: Sequence[float] | Float[Array, "choices"] | None = None,
 ) -> Slots:
     """A chunk of each filling row's prompt, then `steps` steps of all that decode: no prompt holds the others up."""
-    for row in np.flatnonzero(np.asarray(slots.filling)):
-        slots = feed(model, params, slots, int(row), chunk=chunk)
+    for row in np.flatnonzero(watch(slots).filling).tolist():
+        slots = feed(model, params, slots, row, chunk=chunk)
     return decode(model, params, slots, steps=steps, draft=draft, costs=costs)
 
 
@@ -334,7 +368,7 @@ def look(slots: Slots, rows: Sequence[int]) -> list[Made]:
     """What rows have made so far."""
     spec = slots.spec
     leaves = (spec.state.lengths, spec.state.tokens, spec.state.logprobs, spec.state.reason)
-    lengths, tokens, scores, reason, *guesses = (np.asarray(x) for x in (*leaves, spec.proposed, spec.accepted))
+    lengths, tokens, scores, reason, *guesses = jax.device_get((*leaves, spec.proposed, spec.accepted))
     return [
         Made(
             tokens[row, : lengths[row]].tolist(),
@@ -395,7 +429,9 @@ def _by_row(slots: Slots, of: Any, other: Slots, cache: Any) -> Slots:
     state: State = each(slots.spec.state, other.spec.state, ("cache", "step"))
     state = replace(state, cache=cache(slots.cache))
     spec = each(slots.spec, other.spec, ("state", "own", "choice", "rounds"))
-    settings = each(slots.rules, other.rules, ("automaton",))
+    settings = each(slots.rules, other.rules, ("automaton", "keys"))
+    words = of(jax.random.key_data(slots.rules.keys), jax.random.key_data(other.rules.keys))
+    settings = replace(settings, keys=jax.random.wrap_key_data(words, impl=jax.random.key_impl(slots.rules.keys)))
     return Slots(replace(spec, state=state), settings, of(slots.goal, other.goal), slots.capacity)
 
 
@@ -403,7 +439,7 @@ def _widened(settings: Rules, width: int) -> Rules:
     """Id lists padded to `width`."""
     pads = {"bias_ids": -1, "bias": 0.0, "forced": -1, "stop": -1}
 
-    def pad(name: str, fill: float) -> Array:
+    def pad(name: str, fill: float | int) -> Array:
         x = getattr(settings, name)
         return jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)
 
