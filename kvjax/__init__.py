@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from kvjax.draft import speculate
     from kvjax.model import Transformer, init_params, param_shapes
-    from kvjax.weights import load, restore, restore_store, save, save_model, save_store
+    from kvjax.weights import export_cache, import_cache, load, restore, restore_store, save, save_model, save_store
 
 _HOMES = {
     "kvjax.batch": ("serve",),
@@ -48,7 +48,16 @@ _HOMES = {
     ),
     "kvjax.draft": ("speculate",),
     "kvjax.model": ("Transformer", "init_params", "param_shapes"),
-    "kvjax.weights": ("load", "restore", "restore_store", "save", "save_model", "save_store"),
+    "kvjax.weights": (
+        "export_cache",
+        "import_cache",
+        "load",
+        "restore",
+        "restore_store",
+        "save",
+        "save_model",
+        "save_store",
+    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = ("batch", "cache", "decode", "draft")
@@ -69,9 +78,11 @@ __all__ = [
     "decode",
     "decode_step",
     "draft",
+    "export_cache",
     "fork",
     "forward",
     "generate",
+    "import_cache",
     "init_params",
     "load",
     "majority",

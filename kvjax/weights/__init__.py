@@ -2,6 +2,7 @@
 
 from kvjax.weights.checkpoint import restore, save, save_model
 from kvjax.weights.families import FAMILIES
+from kvjax.weights.handover import export_cache, import_cache
 from kvjax.weights.loader import Loaded, load
 from kvjax.weights.prefix_store import restore_store, save_store
 from kvjax.weights.tokenizer import TextStream, Tokenizer
@@ -11,6 +12,8 @@ __all__ = [
     "Loaded",
     "TextStream",
     "Tokenizer",
+    "export_cache",
+    "import_cache",
     "load",
     "restore",
     "restore_store",
