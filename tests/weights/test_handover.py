@@ -106,7 +106,7 @@ def test_what_cannot_be_handed_over(tmp_path, unchecked):
     with pytest.raises(ValueError, match="keeps rows apart"):
         kvjax.import_cache(tmp_path / "cache", model, Shared(), capacity=32)
     with pytest.raises(ValueError, match="queries"):
-        kvjax.import_cache(tmp_path / "cache", model, Evicting(8, "snapkv"), capacity=32)
+        kvjax.import_cache(tmp_path / "cache", model, Evicting(8, "snapkv", sinks=1, recent=2), capacity=32)
     other = kvjax.Transformer(replace(model.config, vocab=60))
     with pytest.raises(ValueError, match="for another model: its vocab differ"):
         kvjax.import_cache(tmp_path / "cache", other, capacity=32)

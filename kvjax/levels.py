@@ -1,0 +1,94 @@
+"""Levels of serving, by name: frozen presets of `kvjax.batch.open`, each with something that the one below lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Key
+
+from kvjax.batch import Serving, Settings
+from kvjax.batch import open as open_slots
+from kvjax.cache import Dense, Paged, Strategy
+from kvjax.cache.prefix import POLICIES, Policy
+from kvjax.draft import Draft, PromptLookup
+from kvjax.model import Transformer
+
+PAGE = 16
+
+
+@dataclass(frozen=True)
+class Level:
+    """One preset.
+
+    Args:
+        adds: what it has that the level below lacks, and the figure that shows it.
+        rows: requests at once.
+        cache: how keys and values are kept; a `Paged` one gets a pool of `memory` rows.
+        memory: rows of full length that the cache has room for.
+        draft: what guesses; None for nothing.
+        store: the policy of the prefix store; None for no store.
+        preempt: what becomes of a request's keys when it must give up its row.
+    """
+
+    adds: str
+    rows: int
+    cache: Strategy
+    memory: int
+    draft: Draft | None = None
+    store: Policy[Any] | None = None
+    preempt: str = "recompute"
+
+    def open(
+        self, model: Transformer, *, capacity: int, max_new: int, key: Key[Array, ""] | None = None, tokenizer=None
+    ) -> Serving:
+        """Slots for `kvjax.serve`, of `capacity` tokens a row and `max_new` new ones a request, at most.
+
+        Raises:
+            ValueError: for what `kvjax.batch.open` refuses.
+        """
+        cache = self.cache
+        if isinstance(cache, Paged):
+            cache = Paged(cache.page, self.memory * -(-capacity // cache.page), cache.dtype)
+        return open_slots(
+            model,
+            cache,
+            slots=self.rows,
+            capacity=capacity,
+            max_new=max_new,
+            key=key,
+            store=self.store,
+            settings=Settings(draft=self.draft, preempt=self.preempt, tokenizer=tokenizer),
+        )
+
+
+LEVELS = {
+    "basic": Level("one request at a time, as `generate` decodes it", 1, Dense(), 1),
+    "advanced": Level("guesses, checked several at once: fewer calls of the model", 1, Dense(), 1, PromptLookup()),
+    "expert": Level(
+        "pages and a prefix store: fewer prompt tokens taken in",
+        1,
+        Paged(PAGE),
+        4,
+        PromptLookup(),
+        POLICIES["workload_adaptive"],
+    ),
+    "master": Level(
+        "many rows in the same pages: more tokens for each call of the model",
+        16,
+        Paged(PAGE),
+        4,
+        PromptLookup(),
+        POLICIES["workload_adaptive"],
+    ),
+    "legendary": Level(
+        "pages in bfloat16, and rows that leave keep their keys on the host: half the bytes, nothing taken in twice",
+        16,
+        Paged(PAGE, dtype="bfloat16"),
+        4,
+        PromptLookup(),
+        POLICIES["workload_adaptive"],
+        "offload",
+    ),
+}
+"""From one request at a time to many in little memory. All but the last give the tokens of `generate`."""
