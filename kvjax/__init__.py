@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvjax.version import __version__
 
 if TYPE_CHECKING:
-    from kvjax import cache, decode, draft
+    from kvjax import cache, decode, draft, grammar
     from kvjax.cache import Cache, fork, nbytes
     from kvjax.config import ModelConfig, Precision, Rope
     from kvjax.decode import (
@@ -49,7 +49,7 @@ _HOMES = {
     "kvjax.weights": ("load", "restore", "restore_store", "save", "save_model", "save_store"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_ROOMS = ("cache", "decode", "draft")
+_ROOMS = ("cache", "decode", "draft", "grammar")
 
 __all__ = [
     "Cache",
@@ -69,6 +69,7 @@ __all__ = [
     "fork",
     "forward",
     "generate",
+    "grammar",
     "init_params",
     "load",
     "majority",

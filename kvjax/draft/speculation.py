@@ -361,6 +361,7 @@ def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[in
         seen=state.seen,
         counts=state.counts,
         rules=rules,
+        ruled=state.ruled,
     )
     own = draft.observe(spec.own, view)
     room = jnp.where(state.running, rules.limit - state.lengths - 1, 0)  # the last token needs no guess after it
