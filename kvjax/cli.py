@@ -71,6 +71,10 @@ class Generate:
     """Guess tokens ahead and check several at once, for the same answer sooner: `lookup`, what followed where the text
     read the same before, or `model:PATH`, a smaller model of the same vocabulary; with settings: `lookup:k=5`. The
     first run compiles longer."""
+    schema: str = ""
+    """Answer with JSON that satisfies this JSON schema: a file, or the schema itself."""
+    regex: str = ""
+    """Answer with a text that this regular expression matches from end to end."""
     json: bool = False
     """Print one JSON object at the end, instead of text as it comes."""
     where: tyro.conf.OmitArgPrefixes[Where] = field(default_factory=Where)

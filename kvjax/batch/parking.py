@@ -93,14 +93,16 @@ def unpark(model: Transformer, slots: Slots, row: int, parked: Parked, *, draft:
         raise ValueError(f"unpark: `row` must be a free one, got {row}")
     if parked.row is None:
         raise ValueError("unpark: `parked` holds no keys and values: `admit` it with what it had made")
-    one = replace(parked.row, rules=replace(parked.row.rules, automaton=slots.rules.automaton))
+    one = replace(
+        parked.row, rules=replace(parked.row.rules, automaton=slots.rules.automaton, grammars=slots.rules.grammars)
+    )
     return _seat(slots, jnp.int32(row), one, parked.held, jnp.int32(parked.length), draft, model=model)
 
 
 def _without_cache(one: Slots) -> Slots:
     """What is a row's own: the draft's state and the automaton are not."""
     spec = replace(one.spec, own=None, choice=None, rounds=None, state=replace(one.spec.state, cache=None, step=None))
-    return replace(one, spec=spec, rules=replace(one.rules, automaton=None))
+    return replace(one, spec=spec, rules=replace(one.rules, automaton=None, grammars=None))
 
 
 @jax.jit

@@ -168,6 +168,8 @@ def check(
             raise ValueError(
                 f"{where}: prompt and new tokens need {pages} pages of {page} tokens, but the pool has {pool}"
             )
+    if sampling.grammar is not None:
+        raise ValueError(f"{where}: `grammar` is not for slots yet: use `generate` for this request")
     width = slots.rules.stop.shape[1]
     lists = {"bias": {**sampling.bias, **dict.fromkeys(sampling.banned)}, "forced": sampling.forced}
     for name, listed in (lists | {"stop": sampling.stop}).items():
@@ -232,7 +234,8 @@ def admit(
         "counts": counts,
         "goal": np.array([len(whole) - bool(had.tokens)], np.int32),
     }
-    return _admit(slots, jnp.int32(row), one, replace(own, automaton=slots.rules.automaton), draft, model=model)
+    own = replace(own, automaton=slots.rules.automaton, grammars=slots.rules.grammars)
+    return _admit(slots, jnp.int32(row), one, own, draft, model=model)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="slots")
@@ -250,7 +253,7 @@ def _admit(slots: Slots, row, one: dict[str, Array], own: Rules, draft, *, model
         return {f.name: one[f.name] for f in fields(tree) if f.name in one}
 
     zeros = {name: jnp.zeros_like(getattr(spec, name)) for name in ("guess", "count", "right", "checked")}
-    state = replace(state, **named(state), matched=jnp.zeros_like(state.matched))
+    state = replace(state, **named(state), matched=jnp.zeros_like(state.matched), ruled=jnp.zeros_like(state.ruled))
     spec = replace(spec, **(named(spec) | zeros), state=state)
     return put_row_of_slots(slots, row, Slots(spec, own, one["goal"], slots.capacity))
 
@@ -429,7 +432,7 @@ def _by_row(slots: Slots, of: Any, other: Slots, cache: Any) -> Slots:
     state: State = each(slots.spec.state, other.spec.state, ("cache", "step"))
     state = replace(state, cache=cache(slots.cache))
     spec = each(slots.spec, other.spec, ("state", "own", "choice", "rounds"))
-    settings = each(slots.rules, other.rules, ("automaton", "keys"))
+    settings = each(slots.rules, other.rules, ("automaton", "keys", "grammars"))
     words = of(jax.random.key_data(slots.rules.keys), jax.random.key_data(other.rules.keys))
     settings = replace(settings, keys=jax.random.wrap_key_data(words, impl=jax.random.key_impl(slots.rules.keys)))
     return Slots(replace(spec, state=state), settings, of(slots.goal, other.goal), slots.capacity)

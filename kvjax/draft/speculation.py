@@ -380,6 +380,7 @@ def view_of(spec: Speculation, rules: Rules) -> View:
         seen=state.seen,
         counts=state.counts,
         rules=rules,
+        ruled=state.ruled,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,7 +13,16 @@ import kvjax
 from kvjax.cli import Generate
 from kvjax.terminal.answer import Answer, speak
 from kvjax.terminal.interrupt import insisting
-from kvjax.terminal.session import Session, announce, new_cache, open_session, parse_draft, room_for, sampling
+from kvjax.terminal.session import (
+    Session,
+    announce,
+    new_cache,
+    open_session,
+    parse_draft,
+    parse_grammar,
+    room_for,
+    sampling,
+)
 from kvjax.terminal.status import dimmed, size, status
 
 
@@ -22,11 +32,13 @@ def run(command: Generate) -> int:
     if not prompt:
         raise ValueError("the prompt is empty" + (" (nothing came on standard input)" if command.prompt == "-" else ""))
     draft = parse_draft(command.draft) if command.draft else None
+    compiled = parse_grammar(command.schema, command.regex)
     session = open_session(command.where)
     ids = _encode(session, prompt, command.raw)
     capacity = room_for(session, command.where, len(ids), command.max_new)
     cache = new_cache(session, capacity)
     held = kvjax.nbytes(cache)
+    grammar = None if compiled is None else compiled(session.tokenizer)
     decode = kvjax.stream if draft is None else partial(kvjax.draft.stream, draft=draft)
     steps = decode(
         session.model,
@@ -35,7 +47,7 @@ def run(command: Generate) -> int:
         [ids],
         max_new=command.max_new,
         key=jax.random.key(command.choice.seed),
-        sampling=sampling(command.choice, session.tokenizer),
+        sampling=replace(sampling(command.choice, session.tokenizer), grammar=grammar),
         tokenizer=session.tokenizer,
     )
     with insisting() as check, status() as show:
