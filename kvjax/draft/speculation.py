@@ -26,7 +26,8 @@ from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
 from kvjax.decode.state import NOT_FINITE, State, emit, emit_at
 from kvjax.draft.base import Draft, View
-from kvjax.model import Params, Transformer, cached
+from kvjax.draft.hidden import asked, kept, scored
+from kvjax.model import Params, Transformer
 from kvjax.pytree import pytree
 
 PRIOR = 2.0, 3.0
@@ -72,6 +73,8 @@ class Speculation:
     proposed: Int[Array, "batch"]
     accepted: Int[Array, "batch"]
     rounds: Int[Array, "choices"]
+    hidden: Float[Array, "batch checked hidden"] | None = None
+    fresh: Int[Array, "batch"] | None = None
 
 
 def speculate(
@@ -175,7 +178,7 @@ def _opened(
     texts = begun.tokens, begun.lengths
     if before is not None:
         texts = _joined(model, before, *texts)
-    spec = _begin(draft, begun.state, *texts, begun.ready is not None, len(choices))
+    spec = asked(_begin(draft, begun.state, *texts, begun.ready is not None, len(choices)), draft, model)
     return begun, spec, partial(_speculate, model, params, draft, widths=choices), choices
 
 
@@ -295,11 +298,12 @@ def _speculate(model, params, draft, spec: Speculation, rules: Rules, costs, rou
 def _plain(model, params, rules: Rules, spec: Speculation) -> Speculation:
     """A step as `generate` makes it."""
     state, had = spec.state, spec.state.lengths
-    logits, cache = cached(model, params, state.pending[:, None], state.running.astype(jnp.int32), state.cache)
+    tokens, lengths = state.pending[:, None], state.running.astype(jnp.int32)
+    logits, cache, hidden = scored(model, params, spec, tokens, lengths, state.cache, last=True)
     state = emit(replace(state, cache=cache), rules, logits)
     idle = jnp.full_like(spec.right, FORGIVING)
     spec = replace(spec, state=state, right=spec.right * idle, checked=spec.checked * idle)
-    return _grown(spec, state.pending[:, None], state.lengths - had)
+    return kept(_grown(spec, state.pending[:, None], state.lengths - had), hidden, state.lengths - had)
 
 
 def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Speculation:
@@ -309,7 +313,7 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     real = jnp.arange(width)[None] < count[:, None]
     tokens = jnp.concatenate([state.pending[:, None], jnp.where(real, guess, 0)], axis=1)
     taken = jnp.where(state.running, 1 + count, 0)
-    logits, seen = model.apply({"params": params}, tokens, taken, ahead(cache))
+    logits, seen, hidden = scored(model, params, spec, tokens, taken, ahead(cache), last=False)
 
     def follow(carry: tuple[Any, ...]):
         j, agreeing, state = carry
@@ -338,7 +342,7 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     )
     last = jnp.arange(width + 1)[None] == (made - 1)[:, None]
     new = jnp.where(last, state.pending[:, None], jnp.pad(guess, ((0, 0), (0, 1))))
-    return _grown(spec, new, made)
+    return kept(_grown(spec, new, made), hidden, made)
 
 
 def _grown(spec: Speculation, new: Int[Array, "batch width"], count: Int[Array, "batch"]) -> Speculation:
@@ -361,6 +365,8 @@ def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[in
         seen=state.seen,
         counts=state.counts,
         rules=rules,
+        hidden=spec.hidden,
+        fresh=spec.fresh,
     )
     own = draft.observe(spec.own, view)
     room = jnp.where(state.running, rules.limit - state.lengths - 1, 0)  # the last token needs no guess after it
