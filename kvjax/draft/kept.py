@@ -55,9 +55,7 @@ def load_draft(
         ValueError: for a draft of another model, naming what differs, or one that is corrupt.
     """
     path = Path(path)
-    if not (path / "draft.json").exists():
-        raise FileNotFoundError(f"load_draft: no draft at {path} (a folder with draft.json, as train_draft writes)")
-    about = read_json(path / "draft.json")
+    about = _about(path)
     try:
         if about["format"] != _FORMAT:
             raise ValueError(f"`format` is {about['format']!r}, expected {_FORMAT!r}")
@@ -77,6 +75,17 @@ def load_draft(
         return Heads.of(model, params, trained=restore(path / "trained", like), k=of)
     like = {"norm": params["norm"], "head": jax.eval_shape(lambda x: x[some], params["embed"]), "ids": some}
     return EarlyExit.of(model, params, layers=layers, exit=restore(path / "trained", like), k=of)
+
+
+def draft_kind(path: str | os.PathLike[str]) -> str:
+    """What a folder holds: a name of `KINDS`; raises FileNotFoundError if there is no draft."""
+    return str(_about(Path(path)).get("kind"))
+
+
+def _about(path: Path) -> dict[str, Any]:
+    if not (path / "draft.json").exists():
+        raise FileNotFoundError(f"load_draft: no draft at {path} (a folder with draft.json, as train_draft writes)")
+    return read_json(path / "draft.json")
 
 
 def _fresh_heads(model: Transformer, params: Params, ids: int) -> dict[str, Any]:
