@@ -234,8 +234,10 @@ def begin(trained: dict[str, Any], rate: float, total: int) -> Course:
 def update(lesson, course: Course, fixed: dict[str, Array], text: Text, *, rate: float, total: int):
     """One update on a batch of rows; also the loss before it, in nats."""
     loss, slope = jax.value_and_grad(lesson.loss)(course.weights, fixed, text)
-    change, moments = optimizer(rate, total).update(slope, course.moments, course.weights)
-    return Course(optax.apply_updates(course.weights, change), moments, course.step + 1), loss
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as Optax is written
+        change, moments = optimizer(rate, total).update(slope, course.moments, course.weights)
+        weights = optax.apply_updates(course.weights, change)
+    return Course(weights, moments, course.step + 1), loss
 
 
 @partial(jax.jit, static_argnames=("lesson", "k"))
