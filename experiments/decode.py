@@ -140,10 +140,11 @@ def compare(model, params, prompts, batch: int, drafts: Mapping[str, Draft], new
         for first in range(0, len(prompts), batch):
             part, wanted = prompts[first : first + batch], None
             for name, timing in now.items():
+                paid = None if (known := costs[name]) is None else known.tolist()
                 cache = Dense().init(model, batch=batch, capacity=capacity)
                 _, cache = kvjax.prefill(model, params, cache, [prompt[:-1] for prompt in part])
                 jax.block_until_ready(cache)
-                out, taken = _timed(model, params, cache, part, drafts.get(name), new, sampling, costs[name])
+                out, taken = _timed(model, params, cache, part, drafts.get(name), new, sampling, paid)
                 timing.seconds += taken
                 timing.made += int(out.lengths.sum())
                 if out.speculated is not None:

@@ -13,6 +13,7 @@ from kvjax.cache import Dense
 from kvjax.draft import Chain, EarlyExit, Heads, PromptLookup, distill, load_draft, save_draft, speculate
 from kvjax.draft.turns import reduced
 from kvjax.model import with_hidden
+from tests.draft.test_drafts import view
 from tests.tiny import prompts, tiny
 
 IDS = np.array([3, 8, 9, 17, 24, 25, 33, 40, 52, 60], np.int32)
@@ -154,19 +155,12 @@ def test_steps_in_training_are_those_of_guessing():
         start=jnp.zeros(2, jnp.int32),
     )
     some = jnp.full(2, at, jnp.int32)
-    view = Reading(jnp.pad(jnp.asarray(got.tokens), ((0, 0), (0, 7))))
-    _, own = draft.take(own, view, some, 16)
+    now = view(got.tokens.tolist())
+    _, own = draft.take(own, now, some, 16)
     np.testing.assert_allclose(own.last, states[0][:, at - 1], atol=1e-4)
     for step in (1, 2):
         _, own = draft.feed(own, jnp.asarray(got.tokens)[:, at + step], some * 0 + 1)
         np.testing.assert_allclose(own.last, states[step][:, at - 1 + step], atol=1e-4)
-
-
-class Reading:
-    """As much of a view as `take` reads."""
-
-    def __init__(self, text):
-        self.text = text
 
 
 @pytest.mark.parametrize("kind", MAKE)
@@ -183,7 +177,8 @@ def test_training_makes_guesses_right(kind, tmp_path):
         if step == 59:
             kvjax.save(tmp_path / "course", course)
     after = distill.accepted(lesson, course.weights, fixed, got, k=3)
-    assert losses[-1] < losses[0] / 1.5
+    print(losses[0], losses[-1], before, after)
+    assert losses[-1] < losses[0] - 0.2  # what is left is the target's own entropy
     assert (np.diff(after) <= 1e-6).all() and after.sum() > before.sum() + 0.5, (before, after)
 
     back = kvjax.restore(tmp_path / "course", distill.begin(draft.trained, 1e-2, 120))
@@ -202,6 +197,7 @@ def test_training_makes_guesses_right(kind, tmp_path):
     old, new = (decoded(speculate, tokens, max_new=24, draft=d, costs=EAGER) for d in (draft, learnt))
     np.testing.assert_array_equal(new.tokens, free.tokens)
     rate = [int(o.speculated.accepted.sum()) / int(o.speculated.proposed.sum()) for o in (old, new)]
+    print(rate)
     assert rate[1] > rate[0] + 0.15, rate
 
     save_draft(tmp_path / "draft", learnt)
