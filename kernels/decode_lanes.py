@@ -18,7 +18,6 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-
 Value = Any
 """An MLIR value, of one thread."""
 
@@ -96,8 +95,7 @@ def product(acc: list[Value], a: list[Value], b: list[Value]) -> list[Value]:
     """`acc + a @ b` of one `m16n8k16`."""
     f = ir.F32Type.get()
     text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
     return list(asm(text, *a, *b, *acc, result=(f, f, f, f), together=True))
 
@@ -158,7 +156,7 @@ class Shape:
         queries: of a K/V head.
         warps: that share a tile.
         rows: of bytes in a tile.
-        k_bits, v_bits: of codes; equal.
+        bits: of a code.
         span: rows of bytes that a group takes.
     """
 
@@ -189,7 +187,7 @@ class Shape:
 
     @property
     def fixed(self) -> int:
-        """Words of what a row's queries are to a thread: fragments, their sums, and positions."""
+        """Words of what a row's queries are to a thread: fragments, their sums, and positions' ends."""
         return (self.dim // 8 + 4) * self.eights
 
     @property
@@ -252,7 +250,8 @@ def begin(shape: Shape, q_ref: Value, asks_ref: Value) -> tuple[list[Value], lis
             acc = product(acc, [ones] * 4, fragments[i : i + 2])
         sums += [arith.bitcast(ir.IntegerType.get_signless(32), x) for x in acc[:2]]
         for side in range(2):
-            asks += load(utils.memref_ptr(asks_ref), mul(add(mul(at.column, 2), 8 * eight + side), 4))
+            [ask] = load(utils.memref_ptr(asks_ref), mul(add(mul(at.column, 2), 8 * eight + side), 4))
+            asks.append(arith.maxsi(add(ask, 1), zero))
     state = [none] * shape.sums + [f32(LEAST)] * (2 * shape.eights) + [none] * (4 * shape.eights)
     return fragments + sums + asks, state
 

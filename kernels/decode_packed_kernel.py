@@ -21,7 +21,9 @@ BOX = 256
 """Most numbers that the copy engine takes along one axis."""
 
 
-def run(q, k: Packed, v: Packed, work: Plan, mask: Mask, *, tiling: Tiling, kv_heads: int, scorers: int, interpret: Any):
+def run(
+    q, k: Packed, v: Packed, work: Plan, mask: Mask, *, tiling: Tiling, kv_heads: int, scorers: int, interpret: Any
+):
     """`out [rows, queries, head_dim]` and `lse [rows, queries]` for `q [rows, queries, head_dim]`."""
     rows, queries, dim = q.shape
     tile, stages, workers = tiling.tile, tiling.stages, tiling.workers

@@ -35,7 +35,7 @@ def step(shape: Shape, mask: Mask, k, v, slots, scales, offsets, fixed: list[Val
 
 
 def _logits(shape: Shape, mask: Mask, at: Lane, unit, k, slots, scales, offsets, fixed):
-    """Of each place of a code in its byte, two tokens and this thread's queries; and the tokens, and whether seen."""
+    """Of each place of a code in its byte, two tokens and this thread's queries; and the tokens."""
     count = shape.dim // 8 * shape.eights
     queries = fixed[:count]
     sums = [arith.bitcast(ir.F32Type.get(), x) for x in fixed[count : count + 2 * shape.eights]]
@@ -58,8 +58,8 @@ def _logits(shape: Shape, mask: Mask, at: Lane, unit, k, slots, scales, offsets,
             row = add(unit, add(at.row, 8 * half))
             token = add(add(mul(div(row, shape.span), shape.span * shape.per), rem(row, shape.span)), i * shape.span)
             [held] = load(utils.memref_ptr(slots), mul(token, 4))
-            scale = lanes.number(scales, token)
-            offset = lanes.number(offsets, token) if offsets is not None else None
+            scale = arith.mulf(lanes.number(scales, token), f32(_unit(mask) / lanes.factor(shape, i)))
+            offset = arith.mulf(lanes.number(offsets, token), f32(_unit(mask))) if offsets is not None else None
             each = []
             for c in range(2 * shape.eights):
                 e, side = divmod(c, 2)
@@ -68,11 +68,10 @@ def _logits(shape: Shape, mask: Mask, at: Lane, unit, k, slots, scales, offsets,
                     x = arith.addf(x, odd[i][e][2 * half + side])
                 x = arith.mulf(x, scale)
                 if offset is not None:
-                    by = f32(lanes.factor(shape, i))
-                    x = arith.addf(x, arith.mulf(arith.mulf(offset, by), sums[c]))
-                each.append(_masked(mask, lanes.factor(shape, i), x, held, asks[c]))
+                    x = arith.addf(x, arith.mulf(offset, sums[c]))
+                each.append(_masked(mask, x, held, asks[c]))
             logits.append(each)
-            tokens.append(token)
+            tokens.append((token, held))
     return logits, tokens
 
 
@@ -84,20 +83,22 @@ def _first(shape: Shape, place: int, sums: list[Value]) -> list[Value]:
     return [arith.mulf(x, base) for x in sums] * 2
 
 
-def _masked(mask: Mask, factor: int, x: Value, held: Value, ask: Value) -> tuple[Value, Value]:
-    """The logit in units of `log 2`, and whether the query sees the token."""
-    if mask.softcap is None:
-        x = arith.mulf(x, f32(mask.scale * LOG2E / factor))
-    else:
-        grown = lanes.exp2(arith.mulf(x, f32(2 * mask.scale * LOG2E / mask.softcap / factor)))
-        share = asm("rcp.approx.ftz.f32 $0, $1;", arith.addf(grown, f32(1.0)))
+def _unit(mask: Mask) -> float:
+    """What products are multiplied by: the exponential has base 2, and a cap's hyperbolic tangent is made of one."""
+    return mask.scale * LOG2E * (1.0 if mask.softcap is None else 2.0 / mask.softcap)
+
+
+def _masked(mask: Mask, x: Value, held: Value, edge: Value) -> Value:
+    """The logit in units of `log 2`, -inf if the token is not seen; `edge` is the first position that never is."""
+    if mask.softcap is not None:
+        share = asm("rcp.approx.ftz.f32 $0, $1;", arith.addf(lanes.exp2(x), f32(1.0)))
         x = arith.mulf(arith.addf(arith.mulf(share, f32(-2.0)), f32(1.0)), f32(mask.softcap * LOG2E))
     less = arith.CmpIPredicate
-    seen = arith.andi(arith.cmpi(less.sge, held, i32(0)), arith.cmpi(less.sle, held, ask))
+    seen = arith.cmpi(less.ult, held, edge)  # unsigned: -1, an empty slot, is above every edge
     if mask.window is not None:
-        near = arith.cmpi(less.sgt, held, arith.subi(ask, i32(mask.window)))
+        near = arith.cmpi(less.sge, held, arith.subi(edge, i32(mask.window)))
         seen = arith.andi(seen, arith.ori(near, arith.cmpi(less.slt, held, i32(mask.sinks))))
-    return arith.select(seen, x, f32(-math.inf)), seen
+    return arith.select(seen, x, f32(-math.inf))
 
 
 def _raised(shape: Shape, logits, state: list[Value]) -> list[Value]:
@@ -106,9 +107,9 @@ def _raised(shape: Shape, logits, state: list[Value]) -> list[Value]:
     peaks = state[shape.sums : shape.sums + columns]
     tops, above = [], None
     for c, peak in enumerate(peaks):
-        top = logits[0][c][0]
+        top = logits[0][c]
         for each in logits[1:]:
-            top = arith.maxnumf(top, each[c][0])
+            top = arith.maxnumf(top, each[c])
         higher = arith.cmpf(arith.CmpFPredicate.OGT, top, peak)
         above = higher if above is None else arith.ori(above, higher)
         tops.append(top)
@@ -131,17 +132,18 @@ def _weights(shape: Shape, logits, tokens, scales, offsets, state: list[Value]):
     peaks = state[shape.sums : shape.sums + columns]
     totals, shifts = state[shape.sums + columns : -columns], state[-columns:]
     packed = []
-    for each, token in zip(logits, tokens, strict=True):
-        scale = lanes.number(scales, token)
-        offset = lanes.number(offsets, token) if offsets is not None else None
+    for each, (token, held) in zip(logits, tokens, strict=True):
+        there = arith.cmpi(arith.CmpIPredicate.sge, held, i32(0))
+        scale, offset = (
+            arith.select(there, lanes.number(x, token), f32(0.0)) if x is not None else None for x in (scales, offsets)
+        )
         scaled = []
-        for c, (logit, seen) in enumerate(each):
+        for c, logit in enumerate(each):
             weight = lanes.exp2(arith.subf(logit, peaks[c]))
             totals[c] = arith.addf(totals[c], weight)
-            scaled.append(arith.select(seen, arith.mulf(weight, scale), f32(0.0)))
+            scaled.append(arith.mulf(weight, scale))
             if offset is not None:
-                more = arith.select(seen, arith.mulf(weight, offset), f32(0.0))
-                shifts[c] = arith.addf(shifts[c], more)
+                shifts[c] = arith.addf(shifts[c], arith.mulf(weight, offset))
         packed.append([_turned(scaled[c + 1], scaled[c]) for c in range(0, columns, 2)])
     weights = [
         [[packed[2 * i][e], packed[2 * i + 1][e]] for e in range(shape.eights)] for i in range(shape.per)
@@ -172,17 +174,20 @@ def _mixed(shape: Shape, at: Lane, unit, v, weights, state: list[Value]) -> list
         for r in (0, 1, 8, 9):
             offset = lanes.place(shape, add(mul(at.column, 2), r), div(channel, 16))
             rows.append(load(base, add(add(start, offset), rem(channel, 16)), words))
-        for word in range(words):
-            for order in (0x5410, 0x7632):
-                ab, cd = (lanes.pick(rows[r][word], rows[r + 1][word], order) for r in (0, 2))
-                for i in range(shape.per):
-                    fragment = [
-                        lanes.centred(shape, lanes.magic(shape, x, i + odd), i) for x in (ab, cd) for odd in (0, shape.per)
-                    ]
-                    for e in range(shape.eights):
-                        first = 4 * (nth * shape.eights + e)
-                        state[first : first + 4] = lanes.product(state[first : first + 4], fragment, weights[i][e])
-                nth += 1
+        pairs = [
+            [lanes.pick(rows[r][word], rows[r + 1][word], order) for r in (0, 2)]
+            for word in range(words)
+            for order in (0x5410, 0x7632)
+        ]
+        for i in range(shape.per):  # outside the channels, so that a product seldom waits for the one before
+            for tile, pair in enumerate(pairs, nth):
+                fragment = [
+                    lanes.centred(shape, lanes.magic(shape, x, i + odd), i) for x in pair for odd in (0, shape.per)
+                ]
+                for e in range(shape.eights):
+                    first = 4 * (tile * shape.eights + e)
+                    state[first : first + 4] = lanes.product(state[first : first + 4], fragment, weights[i][e])
+        nth += len(pairs)
     return state
 
 
@@ -250,10 +255,6 @@ def gather(shape: Shape, outs_ref, lses_ref, first: Value, count: Value, most: i
         _merged(kept, query, channel, shape, out_ref, lse_ref, whole=True)
 
     _shared(at, some, 128, one)
-
-
-
-
 
 
 def clear(shape: Shape, out_ref, lse_ref) -> None:

@@ -49,9 +49,10 @@ class Packed:
         return 2 ** (self.bits - 1)
 
 
-def pack_tokens(
-    codes: Int[Array, "rows slots head_dim"], bits: int, group: int
-) -> UInt8[Array, "rows bytes head_dim"]:
+setattr(Packed, "__no_type_check__", True)  # noqa: B010 - read by jaxtyping's import hook: leaves may be placeholders
+
+
+def pack_tokens(codes: Int[Array, "rows slots head_dim"], bits: int, group: int) -> UInt8[Array, "rows bytes head_dim"]:
     """Codes from 0 to `2**bits - 1` as `Packed.codes`; `group` divides the slots."""
     rows, slots, dim = codes.shape
     per, span = 8 // bits, group * bits // 8

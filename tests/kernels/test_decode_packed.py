@@ -9,7 +9,7 @@ import pytest
 
 from kernels.decode_packed import decode_packed
 from kernels.decode_plan import Tiling
-from kernels.packed import Packed, attend_packed, dequantize, pack_tokens, quantize, unpack_tokens
+from kernels.packed import attend_packed, dequantize, pack_tokens, quantize, unpack_tokens
 from kernels.reference import Mask, attend
 
 interpreted = pytest.mark.skipif(
@@ -100,7 +100,11 @@ def test_what_the_kernel_does_not_take_is_refused(unchecked):
     q, k, v, at, slots = drawn(4, [64], 1, 4, 2, 64, 64, 8, False)
     cases = [
         (NotImplementedError, "bfloat16", (q.astype(jnp.float32), k, v, at, slots)),
-        (NotImplementedError, "head_dim", (q[..., :32], *(replace(x, codes=x.codes[..., :32]) for x in (k, v)), at, slots)),
+        (
+            NotImplementedError,
+            "head_dim",
+            (q[..., :32], *(replace(x, codes=x.codes[..., :32]) for x in (k, v)), at, slots),
+        ),
         (NotImplementedError, "queries", (jnp.zeros((1, 20, 4, 64), jnp.bfloat16), k, v, at, slots)),
         (ValueError, "codes", (q, k, replace(v, codes=v.codes[:, :8]), at, slots)),
         (ValueError, "same bits", (q, k, replace(v, bits=2), at, slots)),
