@@ -18,6 +18,9 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
+inline_ptx: Any = getattr(utils, "inline_ptx", None)
+"""Of JAX 0.11, which this kernel needs on a GPU."""
+
 Value = Any
 """An MLIR value, of one thread."""
 
@@ -68,7 +71,7 @@ def shifted(x: Value, by: int) -> Value:
 
 def asm(text: str, *args: Value, result=None, together: bool = False) -> Value:
     """An instruction with results and without effects; `together` if a warp must run it as one."""
-    return utils.inline_ptx(text, *args, result_types=result or args[0].type, convergent=together)
+    return inline_ptx(text, *args, result_types=result or args[0].type, convergent=together)
 
 
 def exp2(x: Value) -> Value:
@@ -135,7 +138,7 @@ def choose(condition: Value, yes, no, types: list) -> list[Value]:
     """What `yes` or `no`, functions, give: a branch."""
     branch = scf.IfOp(condition, types, has_else=True)
     for block, values in ((branch.then_block, yes), (branch.else_block, no)):
-        with ir.InsertionPoint(block):
+        with ir.InsertionPoint(block):  # ty: ignore[no-matching-overload]
             scf.yield_(values())
     return list(branch.results)
 

@@ -59,7 +59,7 @@ def decode_packed(
         )
     work = work or plan(positions, slots, mask, kv_heads, tiling)
     folded = q.reshape(batch, width, kv_heads, group, dim).transpose(0, 2, 3, 1, 4).reshape(rows, -1, dim)
-    out, lse = run(folded, k, v, work, mask, tiling=tiling, kv_heads=kv_heads, scorers=SCORERS, interpret=interpret)
+    out, lse = run(folded, k, v, work, mask, tiling=tiling, scorers=SCORERS, interpret=interpret)
     out = out.reshape(batch, kv_heads, group, width, dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     lse = lse.reshape(batch, kv_heads, group, width).transpose(0, 3, 1, 2).reshape(q.shape[:3])
     return out.astype(q.dtype), lse

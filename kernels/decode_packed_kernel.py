@@ -21,18 +21,16 @@ BOX = 256
 """Most numbers that the copy engine takes along one axis."""
 
 
-def run(
-    q, k: Packed, v: Packed, work: Plan, mask: Mask, *, tiling: Tiling, kv_heads: int, scorers: int, interpret: Any
-):
+def run(q, k: Packed, v: Packed, work: Plan, mask: Mask, *, tiling: Tiling, scorers: int, interpret: Any):
     """`out [rows, queries, head_dim]` and `lse [rows, queries]` for `q [rows, queries, head_dim]`."""
     rows, queries, dim = q.shape
-    tile, stages, workers = tiling.tile, tiling.stages, tiling.workers
+    tile, stages, workers, kv_heads = tiling.tile, tiling.stages, tiling.workers, rows // work.slots.shape[0]
     size, box = tile * k.bits // 8, min(tile, BOX)
     shape = Shape(dim, queries, 4 * scorers, size, k.bits, k.span)
     fused, offset = not interpret, k.offsets is not None
     laid = (plgpu.TilingTransform((8, shape.swizzle)), plgpu.SwizzleTransform(shape.swizzle))
     names = ["k", "v", "slots", "k_scales", "v_scales", *(["k_offsets", "v_offsets"] if offset else [])]
-    sources = [k.codes, v.codes, work.slots, k.scales, v.scales, *((k.offsets, v.offsets) if offset else ())]
+    sources: list[Any] = [k.codes, v.codes, work.slots, k.scales, v.scales, *((k.offsets, v.offsets) if offset else ())]
 
     def body(q_ref, asks_ref, tiles_ref, counts_ref, pieces_ref, arrived_ref, *refs, **scratch):
         inputs = dict(zip(names, refs[: len(names)], strict=True))
@@ -87,7 +85,7 @@ def run(
                 plgpu.barrier_wait(free.at[lax.rem(last, stages)])
 
         def score(k_full, v_full, free, sums, stats, **smem):
-            lanes = _Plain(mask, k, queries, dim, role) if interpret else _Lanes(shape, mask, laid, offset)
+            lanes: Any = _Plain(mask, k, queries, dim, role) if interpret else _Lanes(shape, mask, laid, offset)
 
             def row_loop(row, done):
                 b, begin, end = cut(row)

@@ -134,9 +134,8 @@ def _weights(shape: Shape, logits, tokens, scales, offsets, state: list[Value]):
     packed = []
     for each, (token, held) in zip(logits, tokens, strict=True):
         there = arith.cmpi(arith.CmpIPredicate.sge, held, i32(0))
-        scale, offset = (
-            arith.select(there, lanes.number(x, token), f32(0.0)) if x is not None else None for x in (scales, offsets)
-        )
+        scale = arith.select(there, lanes.number(scales, token), f32(0.0))
+        offset = None if offsets is None else arith.select(there, lanes.number(offsets, token), f32(0.0))
         scaled = []
         for c, logit in enumerate(each):
             weight = lanes.exp2(arith.subf(logit, peaks[c]))
@@ -193,7 +192,7 @@ def _mixed(shape: Shape, at: Lane, unit, v, weights, state: list[Value]) -> list
 
 def meet(shape: Shape) -> None:
     """Wait for all scoring warps."""
-    utils.inline_ptx(f"bar.sync {BARRIER}, {32 * shape.warps};", has_side_effects=True)
+    lanes.inline_ptx(f"bar.sync {BARRIER}, {32 * shape.warps};", has_side_effects=True)
 
 
 def spill(shape: Shape, state: list[Value], sums_ref, stats_ref) -> None:

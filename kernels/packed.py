@@ -32,6 +32,7 @@ class Packed:
         group: tokens of a group; static, as `bits` is.
     """
 
+    __no_type_check__ = True  # read by jaxtyping's import hook in the tests: inside JAX leaves may be placeholders
     codes: UInt8[Array, "rows bytes head_dim"]
     scales: Shaped[Array, "rows slots"]
     offsets: Shaped[Array, "rows slots"] | None = None
@@ -47,9 +48,6 @@ class Packed:
     def centre(self) -> int:
         """The code that stands for zero, but for the offset."""
         return 2 ** (self.bits - 1)
-
-
-setattr(Packed, "__no_type_check__", True)  # noqa: B010 - read by jaxtyping's import hook: leaves may be placeholders
 
 
 def pack_tokens(codes: Int[Array, "rows slots head_dim"], bits: int, group: int) -> UInt8[Array, "rows bytes head_dim"]:
