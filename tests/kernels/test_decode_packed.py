@@ -122,10 +122,12 @@ def test_what_the_kernel_does_not_take_is_refused(unchecked):
 @pytest.mark.parametrize(("width", "heads"), [(1, 16), (1, 4), (4, 16), (2, 20)])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_the_kernel_on_a_gpu(bits, width, heads, dim):
-    if -(-width * heads // 4 // 8) * 8 * dim > 2048:
-        pytest.skip("more queries than registers hold")
     group = {8: 8, 4: 8, 2: 64}[bits]
     inputs = drawn(bits, [4096, 1100, 0, 65], width, heads, 4, 4096, dim, group, width == 1)
+    if dim == 256 and width * heads > 32:
+        with pytest.raises(NotImplementedError, match="up to 8 queries"):
+            decode_packed(*inputs, Mask(0.1))
+        return
     compare(inputs, Mask(0.1, window=1500, sinks=4))
 
 
