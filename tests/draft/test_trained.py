@@ -177,7 +177,6 @@ def test_training_makes_guesses_right(kind, tmp_path):
         if step == 59:
             kvjax.save(tmp_path / "course", course)
     after = distill.accepted(lesson, course.weights, fixed, got, k=3)
-    print(losses[0], losses[-1], before, after)
     assert losses[-1] < losses[0] - 0.2  # what is left is the target's own entropy
     assert (np.diff(after) <= 1e-6).all() and after.sum() > before.sum() + 0.5, (before, after)
 
@@ -197,7 +196,6 @@ def test_training_makes_guesses_right(kind, tmp_path):
     old, new = (decoded(speculate, tokens, max_new=24, draft=d, costs=EAGER) for d in (draft, learnt))
     np.testing.assert_array_equal(new.tokens, free.tokens)
     rate = [int(o.speculated.accepted.sum()) / int(o.speculated.proposed.sum()) for o in (old, new)]
-    print(rate)
     assert rate[1] > rate[0] + 0.15, rate
 
     save_draft(tmp_path / "draft", learnt)
