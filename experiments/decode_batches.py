@@ -43,11 +43,16 @@ class Batches:
     samples: int = 16
     prompt: int = 1000
 
+    @property
+    def page(self) -> int:
+        """Tokens that one of the trace's blocks, of 512, comes to."""
+        return max(512 // self.divide, 1)
+
 
 def requests_of(batches: Batches, tokenizer) -> list[Request]:
     """The trace's first requests with their lengths divided; a block stands for the same ordinary text each time."""
     text = np.array(tokenizer.encode(help_pages()), np.int32)
-    size = 512 // batches.divide
+    size = batches.page
     made = []
     for name, access in enumerate(read(find(batches.trace))[: batches.requests]):
         assert access.answer is not None, "read with answers"
@@ -67,7 +72,7 @@ def trace_rows(model, params, tokenizer, batches: Batches, turns: int, progress:
     longest = max(len(r.tokens) + r.max_new for r in requests)
     capacity = -(-longest // 64) * 64
     bound = kvjax.nbytes(Dense().shapes(model, batch=batches.rows, capacity=capacity))
-    page = max(512 // batches.divide, 1)
+    page = batches.page
     one = kvjax.nbytes(Paged(page=page, pool=1).shapes(model, batch=1, capacity=page).layers)
     pool = bound // one
     made = sum(r.max_new for r in requests)
@@ -83,7 +88,7 @@ def trace_rows(model, params, tokenizer, batches: Batches, turns: int, progress:
             taken = _static(model, params, warm[:size] if turn == 0 else requests, size, capacity)
             seconds.setdefault(f"static batches of {size}", []).append(taken)
         progress("trace, slots", (turn + len(sizes) / (len(sizes) + 1)) / (turns + 1))
-        taken, note = _slots(model, params, warm if turn == 0 else requests, batches, capacity, page, pool)
+        taken, note = _slots(model, params, warm if turn == 0 else requests, batches, capacity, pool)
         seconds.setdefault("continuous batching", []).append(taken)
         notes["continuous batching"] = note | {"bytes": pool * one}
     base = f"static batches of {batches.rows}"
@@ -122,10 +127,10 @@ def _static(model, params, requests: Sequence[Request], size: int, capacity: int
     return time.perf_counter() - started
 
 
-def _slots(model, params, requests: Sequence[Request], batches: Batches, capacity: int, page: int, pool: int):
+def _slots(model, params, requests: Sequence[Request], batches: Batches, capacity: int, pool: int):
     serving = open_slots(
         model,
-        Paged(page=page, pool=pool),
+        Paged(page=batches.page, pool=pool),
         slots=batches.slots,
         capacity=capacity,
         max_new=max(r.max_new for r in requests),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Array, Key
@@ -13,8 +13,6 @@ from kvjax.cache import Dense, Paged, Strategy
 from kvjax.cache.prefix import POLICIES, Policy
 from kvjax.draft import Draft, PromptLookup
 from kvjax.model import Transformer
-
-PAGE = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Level:
         """
         cache = self.cache
         if isinstance(cache, Paged):
-            cache = Paged(cache.page, self.memory * -(-capacity // cache.page), cache.dtype)
+            cache = replace(cache, pool=self.memory * -(-capacity // cache.page))
         return open_slots(
             model,
             cache,
@@ -62,33 +60,22 @@ class Level:
         )
 
 
-LEVELS = {
-    "basic": Level("one request at a time, as `generate` decodes it", 1, Dense(), 1),
-    "advanced": Level("guesses, checked several at once: fewer calls of the model", 1, Dense(), 1, PromptLookup()),
-    "expert": Level(
-        "pages and a prefix store: fewer prompt tokens taken in",
-        1,
-        Paged(PAGE),
-        4,
-        PromptLookup(),
-        POLICIES["workload_adaptive"],
-    ),
-    "master": Level(
-        "many rows in the same pages: more tokens for each call of the model",
-        16,
-        Paged(PAGE),
-        4,
-        PromptLookup(),
-        POLICIES["workload_adaptive"],
-    ),
-    "legendary": Level(
-        "pages in bfloat16, and rows that leave keep their keys on the host: half the bytes, nothing taken in twice",
-        16,
-        Paged(PAGE, dtype="bfloat16"),
-        4,
-        PromptLookup(),
-        POLICIES["workload_adaptive"],
-        "offload",
-    ),
-}
+BASIC = Level("one request at a time, as `generate` decodes it", 1, Dense(), 1)
+ADVANCED = replace(BASIC, adds="guesses, checked several at once: fewer calls of the model", draft=PromptLookup())
+EXPERT = replace(
+    ADVANCED,
+    adds="pages and a prefix store: fewer prompt tokens taken in",
+    cache=Paged(16),
+    memory=4,
+    store=POLICIES["workload_adaptive"],
+)
+MASTER = replace(EXPERT, adds="many rows in the same pages: more tokens for each call of the model", rows=16)
+LEGENDARY = replace(
+    MASTER,
+    adds="pages in bfloat16, and rows that leave keep their keys on the host: half the bytes, nothing taken in twice",
+    cache=Paged(16, dtype="bfloat16"),
+    preempt="offload",
+)
+
+LEVELS = {"basic": BASIC, "advanced": ADVANCED, "expert": EXPERT, "master": MASTER, "legendary": LEGENDARY}
 """From one request at a time to many in little memory. All but the last give the tokens of `generate`."""

@@ -2,9 +2,11 @@
 
 from kvjax.batch.parking import Parked, park, unpark
 from kvjax.batch.request import Request, Result
+from kvjax.batch.seating import admit, heed, retire
 from kvjax.batch.serve import Cancel, serve
 from kvjax.batch.serving import Serving, Settings, cancel, open, submit, turn
-from kvjax.batch.slots import WAITING, Made, Slots, Watch, admit, decode, feed, heed, init, look, retire, step, watch
+from kvjax.batch.slots import WAITING, Made, Slots, Watch, init, look, watch
+from kvjax.batch.steps import decode, feed, step
 
 __all__ = [
     "WAITING",

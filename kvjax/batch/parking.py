@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.batch.rows import empty_row, put_row, row_of
-from kvjax.batch.slots import Made, Slots, look, put_row_of_slots, retire, row_of_slots, watch, with_cache
+from kvjax.batch.rows import row_of
+from kvjax.batch.seating import retire, vacant
+from kvjax.batch.slots import Made, Slots, look, put_row_of_slots, row_of_slots, watch, with_cache
 from kvjax.cache.attention import Mask
 from kvjax.cache.base import Cache, nbytes
 from kvjax.cache.dense import DenseLayer
@@ -19,7 +20,6 @@ from kvjax.cache.paged import PagedLayer
 from kvjax.cache.quantize import affine
 from kvjax.decode.sampling import power_of_two
 from kvjax.draft.base import Draft
-from kvjax.draft.speculation import view_of
 from kvjax.model import Transformer
 from kvjax.pytree import pytree, static
 
@@ -93,8 +93,7 @@ def unpark(model: Transformer, slots: Slots, row: int, parked: Parked, *, draft:
         raise ValueError(f"unpark: `row` must be a free one, got {row}")
     if parked.row is None:
         raise ValueError("unpark: `parked` holds no keys and values: `admit` it with what it had made")
-    one = replace(parked.row, rules=replace(parked.row.rules, automaton=slots.rules.automaton))
-    return _seat(slots, jnp.int32(row), one, parked.held, jnp.int32(parked.length), draft, model=model)
+    return _seat(slots, jnp.int32(row), parked.row, parked.held, jnp.int32(parked.length), draft, model=model)
 
 
 def _without_cache(one: Slots) -> Slots:
@@ -121,20 +120,12 @@ def _by_layer(cache: Cache, row, *, width: int, coded: bool):
 
 @partial(jax.jit, static_argnames="model", donate_argnames="slots")
 def _seat(slots: Slots, row, one: Slots, held, length, draft, *, model) -> Slots:
-    spec = slots.spec
-    if draft is not None:
-        view = view_of(replace(spec, length=spec.length.at[row].set(0)), slots.rules)
-        spec = replace(spec, own=draft.observe(spec.own, view))
-    cache = empty_row(model, slots.cache, row, slots.capacity)
-    back = row_of(cache, row)
-    if isinstance(held, list) and held and isinstance(held[0], tuple):
-        back = _refilled(back, held, length[None])
+    slots, empty = vacant(model, slots, row, draft)
+    if isinstance(held[0], tuple):
+        cache = _refilled(empty.cache, held, length[None])
     else:
-        back = jax.tree.unflatten(jax.tree.structure(back), held)
-    slots = with_cache(replace(slots, spec=spec), put_row(cache, row, back))
-    state = replace(one.spec.state, cache=row_of(slots.cache, row), step=slots.spec.state.step)
-    own = {name: getattr(slots.spec, name) for name in ("own", "choice", "rounds")}
-    return put_row_of_slots(slots, row, replace(one, spec=replace(one.spec, state=state, **own)))
+        cache = jax.tree.unflatten(jax.tree.structure(empty.cache), held)
+    return put_row_of_slots(slots, row, with_cache(one, cache))
 
 
 def _refilled(one: Cache, held: list[Any], length: Int[Array, "one"]) -> Cache:
@@ -145,11 +136,8 @@ def _refilled(one: Cache, held: list[Any], length: Int[Array, "one"]) -> Cache:
     for layer, pair, window in zip(opened.layers, held, one.config.windows, strict=True):
         k, v = (_decoded(x, layer.k.dtype) for x in pair)
         nth = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-        valid = nth < length[:, None]
-        if isinstance(layer, PagedLayer):
-            layers.append(layer.write(k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], nth, valid))
-        else:
-            layers.append(layer.take(k, v, jnp.where(valid, nth, -1), Mask(1.0, window=window), layer))
+        positions = jnp.where(nth < length[:, None], nth, -1)
+        layers.append(layer.take(k, v, positions, Mask(1.0, window=window), layer))
     return opened.closed(tuple(layers), length)
 
 

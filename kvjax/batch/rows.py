@@ -30,15 +30,12 @@ def put_row(cache: Cache, row: Int[Array, ""], one: Cache) -> Cache:
     return jax.tree.unflatten(tree, put)
 
 
-def empty_row(model: Transformer, cache: Cache, row: Int[Array, ""], capacity: int) -> Cache:
-    """The cache with nothing in a row, as its strategy's `init` makes it for `capacity` tokens."""
+def blank_row(model: Transformer, cache: Cache, capacity: int) -> Cache:
+    """A row as `row_of` gives it that holds nothing, as its strategy's `init` makes it for `capacity` tokens."""
     leaves, tree = jax.tree.flatten(cache)
-    blank = jax.tree.leaves(cache.strategy.init(model, batch=1, capacity=capacity))
-    put = [
-        leaf if at is None else jax.lax.dynamic_update_slice_in_dim(leaf, new, row * at[1], at[0])
-        for leaf, new, at in zip(leaves, blank, _places(cache), strict=True)
-    ]
-    return jax.tree.unflatten(tree, put)
+    empty = jax.tree.leaves(cache.strategy.init(model, batch=1, capacity=capacity))
+    own = [leaf if at is None else new for leaf, new, at in zip(leaves, empty, _places(cache), strict=True)]
+    return jax.tree.unflatten(tree, own)
 
 
 def _places(cache: Cache) -> list[tuple[int, int] | None]:

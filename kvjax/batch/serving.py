@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Key
 
-from kvjax.batch import slots as seats
 from kvjax.batch.parking import Parked, check_way, park, unpark
 from kvjax.batch.request import Request, Result
-from kvjax.batch.slots import Made, Slots
+from kvjax.batch.seating import admit, check, heed, retire
+from kvjax.batch.slots import Made, Slots, init, look, watch, with_cache
+from kvjax.batch.steps import decode, feed
 from kvjax.cache.base import Strategy
 from kvjax.cache.paged import Paged
 from kvjax.cache.prefix import Policy, PrefixStore, keep, make_room, open_store, reuse
@@ -109,7 +110,7 @@ def open(
         ValueError: for what `batch.init` refuses, or a way to preempt or a store that does not go with the strategy.
     """
     settings = Settings() if settings is None else settings
-    made = seats.init(
+    made = init(
         model, strategy, slots=slots, capacity=capacity, max_new=max_new, draft=settings.draft, key=key, ids=ids
     )
     check_way(made, settings.preempt, "batch.open")
@@ -128,7 +129,7 @@ def submit(model: Transformer, serving: Serving, request: Request, time: float) 
             raise ValueError("submit: a request with a temperature above 0 needs the call's `key`")
         if request.sampling.stop_strings and serving.settings.tokenizer is None:
             raise ValueError("submit: `stop_strings` need the settings' `tokenizer`")
-        seats.check(model, serving.slots, request.tokens, request.sampling, request.max_new, "submit")
+        check(model, serving.slots, request.tokens, request.sampling, request.max_new, "submit")
         plain = replace(request.sampling, stop_strings=())
         rules(plain, batch=1, vocab=model.config.vocab, max_new=request.max_new, key=serving.key)
     except (ValueError, TypeError) as error:
@@ -195,12 +196,12 @@ def _fits(serving: Serving, ticket: Ticket) -> tuple[Serving, bool]:
 def _admit(model, serving: Serving, row: int, ticket: Ticket) -> Serving:
     settings, request, kept = serving.settings, ticket.request, ticket.kept
     seed = ticket.number if request.sampling.seed is None else request.sampling.seed
-    sampling = replace(request.sampling, seed=seed, stop_strings=())
+    sampling = replace(request.sampling, seed=seed)
     if kept is not None and kept.row is not None:
         serving, _ = _roomy(serving, _alone(serving, row, kept.length))
         serving = replace(serving, slots=unpark(model, serving.slots, row, kept, draft=settings.draft))
     else:
-        slots = seats.admit(
+        slots = admit(
             model,
             serving.slots,
             row,
@@ -213,16 +214,13 @@ def _admit(model, serving: Serving, row: int, ticket: Ticket) -> Serving:
             made=None if kept is None else kept.made,
         )
         whole = [*request.tokens, *([] if kept is None else kept.made.tokens)]
-        serving, reused = _reused(
-            replace(serving, slots=slots), row, whole[: len(whole) - bool(kept is not None and kept.made.tokens)]
-        )
+        serving, reused = _reused(replace(serving, slots=slots), row, whole[: int(watch(slots).goal[row])])
         ticket = replace(ticket, reused=ticket.reused + reused)
-    seated = tuple(replace(ticket, kept=None) if i == row else there for i, there in enumerate(serving.seated))
     waiting = tuple(t for t in serving.waiting if t.number != ticket.number)
-    serving = replace(serving, seated=seated, waiting=waiting)
+    serving = _with_seat(replace(serving, waiting=waiting), row, replace(ticket, kept=None))
     if request.sampling.stop_strings:
-        strings = [() if t is None else tuple(t.request.sampling.stop_strings) for t in seated]
-        serving = replace(serving, slots=seats.heed(serving.slots, strings, settings.tokenizer))
+        strings = [() if t is None else tuple(t.request.sampling.stop_strings) for t in serving.seated]
+        serving = replace(serving, slots=heed(serving.slots, strings, settings.tokenizer))
     return serving
 
 
@@ -230,31 +228,30 @@ def _reused(serving: Serving, row: int, text: list[int]) -> tuple[Serving, int]:
     """A new row with what the store has of its text, and how much that is."""
     if serving.store is None:
         return serving, 0
-    texts = [text if i == row else [] for i in range(len(serving.seated))]
     try:
-        store, cache, rest = reuse(serving.store, serving.slots.cache, texts)
+        store, cache, rest = reuse(serving.store, serving.slots.cache, _only(serving, row, text))
     except ValueError:  # too little room for all of the rest: the row takes it in as it comes
         return serving, 0
-    return replace(serving, store=store, slots=seats.with_cache(serving.slots, cache)), len(text) - len(rest[row])
+    return replace(serving, store=store, slots=with_cache(serving.slots, cache)), len(text) - len(rest[row])
 
 
 def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[Result]]:
     """A chunk of each filling row's prompt, and results of requests that end with their first token."""
     settings, results = serving.settings, []
     with_model, with_params = settings.prefill or (model, params)
-    for row in np.flatnonzero(seats.watch(serving.slots).filling).tolist():
+    now = watch(serving.slots)
+    for row in np.flatnonzero(now.filling).tolist():
         if serving.seated[row] is None:  # it has given way to one before it
             continue
-        now = seats.watch(serving.slots)
         lengths = _alone(serving, row, min(settings.chunk, int(now.goal[row] - now.held[row])))
         serving, good = _roomy(serving, lengths)
         while not good and serving.seated[row] is not None:
             serving, good = _roomy(_give_up(serving, _weakest(serving, time)[0]), lengths)
         if serving.seated[row] is None:
             continue
-        slots = seats.feed(with_model, with_params, serving.slots, row, chunk=settings.chunk)
+        slots = feed(with_model, with_params, serving.slots, row, chunk=settings.chunk)
         serving = replace(serving, slots=slots)
-        if not seats.watch(slots).filling[row]:
+        if not watch(slots).filling[row]:
             serving, ended = _finished(_remember(serving, row, time), time)
             results += ended
     return serving, results
@@ -265,7 +262,7 @@ def _decode(model, params, serving: Serving, time: float) -> Serving:
     settings, steps = serving.settings, serving.settings.steps
     guesses = 0 if settings.draft is None else settings.draft.most
     while True:
-        now = seats.watch(serving.slots)
+        now = watch(serving.slots)
         if not now.running.any():
             return serving
         ahead = np.minimum(now.limit - now.made, steps * (1 + guesses))
@@ -277,7 +274,7 @@ def _decode(model, params, serving: Serving, time: float) -> Serving:
         else:
             serving = _give_up(serving, _weakest(serving, time)[0])
     waits = bool(serving.waiting) or bool(now.filling.any())
-    slots = seats.decode(
+    slots = decode(
         model,
         params,
         serving.slots,
@@ -294,6 +291,11 @@ def _alone(serving: Serving, row: int, tokens: int) -> np.ndarray:
     return np.where(np.arange(len(serving.seated)) == row, tokens, 0)
 
 
+def _only(serving: Serving, row: int, text: list[int]) -> list[list[int]]:
+    """Texts a row, where one alone has any."""
+    return [text if i == row else [] for i in range(len(serving.seated))]
+
+
 def _roomy(serving: Serving, lengths: np.ndarray) -> tuple[Serving, bool]:
     """Whether `lengths` more tokens a row find pages; for them the store gives up what it must."""
     cache = serving.slots.cache
@@ -305,7 +307,7 @@ def _roomy(serving: Serving, lengths: np.ndarray) -> tuple[Serving, bool]:
         store, cache = make_room(serving.store, cache, lengths)
     except ValueError:
         return serving, False
-    return replace(serving, store=store, slots=seats.with_cache(serving.slots, cache)), True
+    return replace(serving, store=store, slots=with_cache(serving.slots, cache)), True
 
 
 def _weakest(serving: Serving, time: float) -> tuple[int, Ticket]:
@@ -320,8 +322,11 @@ def _give_up(serving: Serving, row: int) -> Serving:
     assert ticket is not None, "a row with a request"
     slots, kept = park(serving.slots, row, serving.settings.preempt)
     back = replace(ticket, kept=kept, parked=ticket.parked + 1)
-    seated = tuple(None if i == row else there for i, there in enumerate(serving.seated))
-    return replace(serving, slots=slots, seated=seated, waiting=(*serving.waiting, back))
+    return _with_seat(replace(serving, slots=slots, waiting=(*serving.waiting, back)), row, None)
+
+
+def _with_seat(serving: Serving, row: int, ticket: Ticket | None) -> Serving:
+    return replace(serving, seated=tuple(ticket if i == row else t for i, t in enumerate(serving.seated)))
 
 
 def _remember(serving: Serving, row: int, time: float) -> Serving:
@@ -330,27 +335,23 @@ def _remember(serving: Serving, row: int, time: float) -> Serving:
         return serving
     ticket, slots = serving.seated[row], serving.slots
     assert ticket is not None, "a row with a request"
-    texts: list[list[int]] = [[] for _ in serving.seated]
-    (made,) = seats.look(slots, [row])
-    length = int(seats.watch(slots).held[row])
-    texts[row] = [*ticket.request.tokens, *made.tokens][:length]
-    asked = [0 if i != row else min(len(ticket.request.tokens), length) for i in range(len(texts))]
+    (made,), length = look(slots, [row]), int(watch(slots).held[row])
+    text = [*ticket.request.tokens, *made.tokens][:length]
+    texts, asked = _only(serving, row, text), _alone(serving, row, min(len(ticket.request.tokens), length)).tolist()
     store, cache = keep(serving.store, slots.cache, texts, prompts=asked, time=time)
-    return replace(serving, store=store, slots=seats.with_cache(slots, cache))
+    return replace(serving, store=store, slots=with_cache(slots, cache))
 
 
 def _leave(serving: Serving, row: int, time: float) -> tuple[Serving, Made]:
     """Free a row for good."""
-    if seats.watch(serving.slots).held[row]:
-        serving = _remember(serving, row, time)
-    slots, (made,) = seats.retire(serving.slots, [row])
-    seated = tuple(None if i == row else there for i, there in enumerate(serving.seated))
-    return replace(serving, slots=slots, seated=seated), made
+    serving = _remember(serving, row, time)
+    slots, (made,) = retire(serving.slots, [row])
+    return _with_seat(replace(serving, slots=slots), row, None), made
 
 
 def _finished(serving: Serving, time: float) -> tuple[Serving, list[Result]]:
     """Results of those that have ended, and when others had their first token."""
-    now, results = seats.watch(serving.slots), []
+    now, results = watch(serving.slots), []
     seated = tuple(
         replace(t, first=time) if t is not None and t.first is None and now.made[i] else t
         for i, t in enumerate(serving.seated)

@@ -42,12 +42,8 @@ class PagedLayer(InOrder):
         return self.most
 
     def attend(self, q, k, v, positions, valid, mask: Mask):
-        layer = self.write(k, v, positions, valid)
+        layer = replace(self, k=self._write(self.k, k, positions, valid), v=self._write(self.v, v, positions, valid))
         return *layer.look(q, positions, mask), layer
-
-    def write(self, k, v, positions, valid) -> PagedLayer:
-        """The open layer with new tokens in its pages, as `attend` takes them in."""
-        return replace(self, k=self._write(self.k, k, positions, valid), v=self._write(self.v, v, positions, valid))
 
     def look(self, q, positions, mask: Mask):
         assert self.table is not None and self.filled is not None, "an open layer"
@@ -94,9 +90,13 @@ class PagedLayer(InOrder):
         return self._gathered(self.k, self.table)[:, : self.most], self._gathered(self.v, self.table)[:, : self.most]
 
     def take(self, k, v, positions, mask: Mask, old):
-        raise ValueError(
-            "compress: `strategy` must make layers that can be filled one by one, but Paged ones share pages"
-        )
+        if self.table is None:
+            raise ValueError(
+                "compress: `strategy` must make layers that can be filled one by one, but Paged ones share pages"
+            )
+        k, v = (x.reshape(-1, self.kv_heads, *x.shape[1:]).swapaxes(1, 2) for x in (k, v))
+        positions, valid = jnp.maximum(positions, 0), positions >= 0
+        return replace(self, k=self._write(self.k, k, positions, valid), v=self._write(self.v, v, positions, valid))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from kvjax.draft.base import Draft, View
 from kvjax.draft.chain import Chain
 from kvjax.draft.lookup import PromptLookup
 from kvjax.draft.model import DraftModel
-from kvjax.draft.speculation import Speculated, Speculation, speculate, stream, widths
+from kvjax.draft.speculation import Speculated, speculate, stream
+from kvjax.draft.state import Speculation, widths
 
 __all__ = [
     "Chain",

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from kvjax.cache.ahead import ahead, settle, steady
 from kvjax.cache.base import Cache
@@ -25,7 +25,8 @@ from kvjax.decode.generation import Begun, Output, Step, finish, start
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
 from kvjax.decode.state import NOT_FINITE, State, emit, emit_at
-from kvjax.draft.base import Draft, View
+from kvjax.draft.base import Draft
+from kvjax.draft.state import Speculation, blank, grown, view_of, widths
 from kvjax.model import Params, Transformer, cached
 from kvjax.pytree import pytree
 
@@ -54,32 +55,6 @@ class Speculated:
     rounds: Int[Array, "choices"]
     widths: Int[Array, "choices"]
     costs: Float[Array, "choices"]
-
-
-@pytree
-class Speculation:
-    """A speculating generation under way: what `State` is for `generate`, the draft's state and the next guesses.
-
-    `text` holds each row's prompt and new tokens, `length` of them; rows that are not `wanted` are guessed nothing.
-    """
-
-    state: State
-    own: Any
-    text: Int[Array, "batch size"]
-    length: Int[Array, "batch"]
-    guess: Int[Array, "batch most"]
-    count: Int[Array, "batch"]
-    choice: Int[Array, ""]
-    right: Float[Array, "batch"]
-    checked: Float[Array, "batch"]
-    proposed: Int[Array, "batch"]
-    accepted: Int[Array, "batch"]
-    rounds: Int[Array, "choices"]
-    wanted: Bool[Array, "batch"]
-
-    @property
-    def running(self) -> Bool[Array, "batch"]:
-        return self.state.running
 
 
 def speculate(
@@ -197,14 +172,6 @@ def _ended(begun: Begun, spec: Speculation, paid, choices: tuple[int, ...], max_
     return finish(begun, spec.state, max_new, "speculate")._replace(speculated=how)
 
 
-def widths(draft: Draft) -> tuple[int, ...]:
-    """The numbers of guesses that are checked at once: none, those that make a power of two with the token before, all.
-
-    Each is a program of its own inside the compiled loop.
-    """
-    return 0, *(n for n in (2**i - 1 for i in range(1, 16)) if n < draft.most), draft.most
-
-
 def _joined(model: Transformer, before: Sequence[Sequence[int]], tokens, lengths):
     """Rows of what was before and what is new, as one array, and their lengths."""
     if traced(tokens, lengths):
@@ -227,29 +194,6 @@ def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool) -> Spec
         text = jnp.pad(tokens, ((0, 0), (0, size - width)))
     spec = blank(draft, state, text, jnp.asarray(lengths, jnp.int32))
     return _first(spec) if has_first else spec
-
-
-def blank(
-    draft: Draft | None, state: State, text: Int[Array, "batch size"], length: Int[Array, "batch"]
-) -> Speculation:
-    """Before the first round of a draft, or, with None, of no draft at all."""
-    batch, size = text.shape
-    zeros = partial(np.zeros, dtype=np.int32)
-    return Speculation(
-        state=state,
-        own=None if draft is None else draft.init(batch, size),
-        text=text,
-        length=length,
-        guess=jnp.asarray(zeros((batch, 0 if draft is None else draft.most))),
-        count=jnp.asarray(zeros(batch)),
-        choice=jnp.asarray(zeros(())),
-        right=jnp.asarray(np.zeros(batch, np.float32)),
-        checked=jnp.asarray(np.zeros(batch, np.float32)),
-        proposed=jnp.asarray(zeros(batch)),
-        accepted=jnp.asarray(zeros(batch)),
-        rounds=jnp.asarray(zeros(1 if draft is None else len(widths(draft)))),
-        wanted=jnp.asarray(np.ones(batch, bool)),
-    )
 
 
 @partial(jax.jit, donate_argnames="spec")
@@ -358,29 +302,6 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     last = jnp.arange(width + 1)[None] == (made - 1)[:, None]
     new = jnp.where(last, state.pending[:, None], jnp.pad(guess, ((0, 0), (0, 1))))
     return grown(spec, new, made)
-
-
-def grown(spec: Speculation, new: Int[Array, "batch width"], count: Int[Array, "batch"]) -> Speculation:
-    """With each row's first `count` of `new` at the end of its text."""
-    nth = jnp.arange(spec.text.shape[1])[None] - spec.length[:, None]
-    put = jnp.take_along_axis(new, jnp.clip(nth, 0, new.shape[1] - 1), axis=1)
-    text = jnp.where((nth >= 0) & (nth < count[:, None]), put, spec.text)
-    return replace(spec, text=text, length=spec.length + count)
-
-
-def view_of(spec: Speculation, rules: Rules) -> View:
-    """What a draft may look at."""
-    state = spec.state
-    return View(
-        text=spec.text,
-        length=spec.length,
-        running=state.running,
-        position=state.cache.length + 1,
-        made=state.lengths,
-        seen=state.seen,
-        counts=state.counts,
-        rules=rules,
-    )
 
 
 def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[int, ...]) -> Speculation:

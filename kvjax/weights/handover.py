@@ -19,13 +19,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from kvjax.cache.attention import Mask
-from kvjax.cache.base import Cache, LayerSpec, Strategy, check, layer_spec
+from kvjax.cache.base import Cache, LayerSpec, Strategy, layer_spec
 from kvjax.cache.dense import Dense
-from kvjax.cache.paged import PagedLayer
 from kvjax.cache.shared import Shared
 from kvjax.decode.sampling import power_of_two
 from kvjax.model import Transformer
-from kvjax.weights.checkpoint import new_folder, restore, save
+from kvjax.weights.checkpoint import differing, new_folder, restore, save
 from kvjax.weights.safetensors_file import read_json
 
 _FORMAT = "kvjax-handover-1"
@@ -55,7 +54,7 @@ def export_cache(path: str | os.PathLike[str], cache: Cache) -> None:
     layers = [_by_position(layer, cache.length, width=width) for layer in opened.layers]
     about = {
         "format": _FORMAT,
-        "config": _plain(cache),
+        "config": asdict(cache.config),
         "lengths": lengths.tolist(),
         "width": width,
         "dtypes": [k.dtype.name for k, _ in layers],
@@ -99,11 +98,8 @@ def import_cache(
     lengths, width = np.array(about["lengths"], np.int32), about["width"]
     with jax.default_device(device):
         cache = strategy.init(model, batch=len(lengths), capacity=capacity)
-        if about["config"] != _plain(cache):
-            mine = _plain(cache)
-            names = [name for name in mine if mine[name] != about["config"].get(name)]
+        if names := differing(model.config, about["config"]):
             raise ValueError(f"import_cache: {path} was written for another model: its {', '.join(names)} differ")
-        check(cache, model, len(lengths), "import_cache")
         if why := strategy.need(cache, lengths):
             raise ValueError(f"import_cache: rows {why}: make `capacity` larger")
         c = model.config
@@ -135,20 +131,10 @@ def _by_position(layer: Any, length: Int[Array, "batch"], *, width: int):
 def _filled(layer: Any, k, v, length: Int[Array, "batch"], *, spec: LayerSpec):
     """An empty open layer that takes in the first `length` positions."""
     nth = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), (spec.batch, k.shape[1]))
-    valid = nth < length[:, None]
-    if isinstance(layer, PagedLayer):
-        by_token = [x.reshape(spec.batch, -1, *x.shape[1:]).swapaxes(1, 2) for x in (k, v)]
-        return layer.write(*by_token, nth, valid)
-    positions = jnp.where(valid, nth, -1)
-    old = Dense().layer(spec)
-    old = replace(old, k=k, v=v, positions=positions)
+    positions = jnp.where(nth < length[:, None], nth, -1)
+    old = replace(Dense().layer(spec), k=k, v=v, positions=positions)
     return layer.take(k, v, positions, Mask(1.0, window=spec.window), old)
 
 
 def _typed(row: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype))
-
-
-def _plain(cache: Cache) -> dict[str, Any]:
-    """The model's config as JSON would give it back."""
-    return json.loads(json.dumps(asdict(cache.config)))

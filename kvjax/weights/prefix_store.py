@@ -23,7 +23,7 @@ from kvjax.cache.prefix.codec import decode, encode
 from kvjax.cache.prefix.index import Block, Tally, Turns
 from kvjax.cache.prefix.store import pages_of, paired, settled
 from kvjax.model import Params
-from kvjax.weights.checkpoint import new_folder, restore, save
+from kvjax.weights.checkpoint import differing, new_folder, restore, save
 from kvjax.weights.safetensors_file import read_json
 
 _FORMAT = "kvjax-store-1"
@@ -129,9 +129,8 @@ def _compare(path: Path, about: dict[str, Any], cache: Cache, params: Params) ->
     """Refuse a store that this cache, or a model with these parameters, cannot serve."""
     if np.asarray(pages_of(cache, "restore_store").kept).any():
         raise ValueError("restore_store: `cache` already holds pages of a store")
-    ours, theirs = json.loads(json.dumps(asdict(cache.config))), about["config"]
-    if differing := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
-        raise ValueError(f"restore_store: {path} is of another model: its {', '.join(differing)} differ")
+    if names := differing(cache.config, about["config"]):
+        raise ValueError(f"restore_store: {path} is of another model: its {', '.join(names)} differ")
     if _sampled(params) != about["weights"]:
         raise ValueError(f"restore_store: {path} is of other weights than `params`, though of a model like it")
     if about["page"] != (page := cache.layers[0].k.shape[1]):

@@ -1,0 +1,96 @@
+"""Speculating as a value: what a half-finished generation is that is guessed for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.decode.sampling import Rules
+from kvjax.decode.state import State
+from kvjax.draft.base import Draft, View
+from kvjax.pytree import pytree
+
+
+@pytree
+class Speculation:
+    """A speculating generation under way: what `State` is for `generate`, the draft's state and the next guesses.
+
+    `text` holds each row's prompt and new tokens, `length` of them; rows that are not `wanted` are guessed nothing.
+    """
+
+    state: State
+    own: Any
+    text: Int[Array, "batch size"]
+    length: Int[Array, "batch"]
+    guess: Int[Array, "batch most"]
+    count: Int[Array, "batch"]
+    choice: Int[Array, ""]
+    right: Float[Array, "batch"]
+    checked: Float[Array, "batch"]
+    proposed: Int[Array, "batch"]
+    accepted: Int[Array, "batch"]
+    rounds: Int[Array, "choices"]
+    wanted: Bool[Array, "batch"]
+
+    @property
+    def running(self) -> Bool[Array, "batch"]:
+        return self.state.running
+
+
+def widths(draft: Draft) -> tuple[int, ...]:
+    """The numbers of guesses that are checked at once: none, those that make a power of two with the token before, all.
+
+    Each is a program of its own inside the compiled loop.
+    """
+    return 0, *(n for n in (2**i - 1 for i in range(1, 16)) if n < draft.most), draft.most
+
+
+def blank(
+    draft: Draft | None, state: State, text: Int[Array, "batch size"], length: Int[Array, "batch"]
+) -> Speculation:
+    """Before the first round of a draft, or, with None, of no draft at all."""
+    batch, size = text.shape
+    zeros = partial(np.zeros, dtype=np.int32)
+    return Speculation(
+        state=state,
+        own=None if draft is None else draft.init(batch, size),
+        text=text,
+        length=length,
+        guess=jnp.asarray(zeros((batch, 0 if draft is None else draft.most))),
+        count=jnp.asarray(zeros(batch)),
+        choice=jnp.asarray(zeros(())),
+        right=jnp.asarray(np.zeros(batch, np.float32)),
+        checked=jnp.asarray(np.zeros(batch, np.float32)),
+        proposed=jnp.asarray(zeros(batch)),
+        accepted=jnp.asarray(zeros(batch)),
+        rounds=jnp.asarray(zeros(1 if draft is None else len(widths(draft)))),
+        wanted=jnp.asarray(np.ones(batch, bool)),
+    )
+
+
+def grown(spec: Speculation, new: Int[Array, "batch width"], count: Int[Array, "batch"]) -> Speculation:
+    """With each row's first `count` of `new` at the end of its text."""
+    nth = jnp.arange(spec.text.shape[1])[None] - spec.length[:, None]
+    put = jnp.take_along_axis(new, jnp.clip(nth, 0, new.shape[1] - 1), axis=1)
+    text = jnp.where((nth >= 0) & (nth < count[:, None]), put, spec.text)
+    return replace(spec, text=text, length=spec.length + count)
+
+
+def view_of(spec: Speculation, rules: Rules) -> View:
+    """What a draft may look at."""
+    state = spec.state
+    return View(
+        text=spec.text,
+        length=spec.length,
+        running=state.running,
+        position=state.cache.length + 1,
+        made=state.lengths,
+        seen=state.seen,
+        counts=state.counts,
+        rules=rules,
+    )
