@@ -13,7 +13,7 @@ import numpy as np
 import kvjax
 from kvjax import batch
 from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared
-from kvjax.draft import DraftModel, PromptLookup, widths
+from kvjax.draft import DraftModel, EarlyExit, Heads, PromptLookup, widths
 
 CACHES = {
     "Dense()": Dense(),
@@ -75,6 +75,21 @@ def _drafted(model, params, cache, tokens, lengths, new):
     return _speculated(DraftModel(model, off, k=1), model, params, cache, tokens, lengths, new)
 
 
+SOME = np.array([3, 8, 9, 17, 24, 25, 33, 40, 52, 60], np.int32)
+
+
+def _headed(model, params, cache, tokens, lengths, new):
+    """By heads that were never trained, of a few tokens only: wrong as a rule."""
+    trained = Heads.fresh(model, params, SOME, jax.random.key(2))
+    return _speculated(Heads.of(model, params, trained=trained, k=2), model, params, cache, tokens, lengths, new)
+
+
+def _left_early(model, params, cache, tokens, lengths, new):
+    exit = EarlyExit.fresh(model, params, np.arange(61, dtype=np.int32))
+    draft = EarlyExit.of(model, params, layers=1, exit=exit, k=2)
+    return _speculated(draft, model, params, cache, tokens, lengths, new)
+
+
 def _speculated(draft, model, params, cache, tokens, lengths, new):
     same_costs = [1.0] * len(widths(draft))  # as many guesses as there are, whatever they cost here
     out = kvjax.speculate(model, params, cache, tokens, lengths, draft=draft, max_new=new, costs=same_costs)
@@ -109,6 +124,8 @@ DECODERS = {
     "`stream`": _stream,
     "`speculate`, `PromptLookup`": _looked_up,
     "`speculate`, `DraftModel`": _drafted,
+    "`speculate`, `Heads`": _headed,
+    "`speculate`, `EarlyExit`": _left_early,
     "`serve`": _served,
 }
 

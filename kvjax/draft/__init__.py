@@ -2,6 +2,9 @@
 
 from kvjax.draft.base import Draft, View
 from kvjax.draft.chain import Chain
+from kvjax.draft.exit import EarlyExit
+from kvjax.draft.heads import Heads
+from kvjax.draft.kept import load_draft, save_draft
 from kvjax.draft.lookup import PromptLookup
 from kvjax.draft.model import DraftModel
 from kvjax.draft.speculation import Speculated, speculate, stream
@@ -11,10 +14,14 @@ __all__ = [
     "Chain",
     "Draft",
     "DraftModel",
+    "EarlyExit",
+    "Heads",
     "PromptLookup",
     "Speculated",
     "Speculation",
     "View",
+    "load_draft",
+    "save_draft",
     "speculate",
     "stream",
     "widths",

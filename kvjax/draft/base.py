@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.config import ModelConfig
 from kvjax.decode.sampling import Rules
@@ -20,6 +20,8 @@ class View:
         position: of the token after the newest, in the target's cache. The draw of a row that samples depends on it.
         made: new tokens a row has.
         seen, counts: which tokens prompt and output have, and how often the output has each.
+        hidden, fresh: for a draft whose `wants_hidden` is true, what the target's head saw at each row's `fresh` tokens
+            before its newest, those that were checked since the draft last looked. None of the prompt but its last.
     """
 
     text: Int[Array, "batch size"]
@@ -30,6 +32,8 @@ class View:
     seen: Bool[Array, "batch vocab"]
     counts: Int[Array, "batch vocab"]
     rules: Rules
+    hidden: Float[Array, "batch checked hidden"] | None = None
+    fresh: Int[Array, "batch"] | None = None
 
 
 @runtime_checkable
@@ -59,6 +63,11 @@ class Draft(Protocol):
         A row whose length is 0 is about to begin another text.
         """
         ...
+
+
+def wants_hidden(draft: Any) -> bool:
+    """Whether a draft asks for `View.hidden`, by a static property of this name; one without it does not."""
+    return bool(getattr(draft, "wants_hidden", False))
 
 
 def check_most(draft: Any, most: int) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from kvjax.config import ModelConfig
-from kvjax.draft.base import View
+from kvjax.draft.base import View, wants_hidden
 from kvjax.pytree import pytree
 
 
@@ -29,6 +29,10 @@ class Chain:
     @property
     def most(self) -> int:
         return max(draft.most for draft in self.drafts)
+
+    @property
+    def wants_hidden(self) -> bool:
+        return any(wants_hidden(draft) for draft in self.drafts)
 
     def check(self, target: ModelConfig) -> None:
         for draft in self.drafts:

@@ -26,8 +26,9 @@ from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
 from kvjax.decode.state import NOT_FINITE, State, emit, emit_at
 from kvjax.draft.base import Draft
+from kvjax.draft.hidden import kept, scored
 from kvjax.draft.state import Speculation, blank, grown, view_of, widths
-from kvjax.model import Params, Transformer, cached
+from kvjax.model import Params, Transformer
 from kvjax.pytree import pytree
 
 PRIOR = 2.0, 3.0
@@ -158,7 +159,7 @@ def _opened(
     texts = begun.tokens, begun.lengths
     if before is not None:
         texts = _joined(model, before, *texts)
-    spec = _begin(draft, begun.state, *texts, begun.ready is not None)
+    spec = _begin(model, draft, begun.state, *texts, begun.ready is not None)
     return begun, spec, partial(advance, model, params, draft, widths=choices), choices
 
 
@@ -182,7 +183,7 @@ def _joined(model: Transformer, before: Sequence[Sequence[int]], tokens, lengths
     return as_prompts(model, None, rows, None, "speculate")
 
 
-def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool) -> Speculation:
+def _begin(model: Transformer, draft: Draft, state: State, tokens, lengths, has_first: bool) -> Speculation:
     """Before the first round: the text is the prompt and, if there is one already, the first new token."""
     batch, width = tokens.shape
     size = power_of_two(width + state.tokens.shape[1])
@@ -192,7 +193,7 @@ def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool) -> Spec
         text = jnp.asarray(text)
     else:
         text = jnp.pad(tokens, ((0, 0), (0, size - width)))
-    spec = blank(draft, state, text, jnp.asarray(lengths, jnp.int32))
+    spec = blank(model, draft, state, text, jnp.asarray(lengths, jnp.int32))
     return _first(spec) if has_first else spec
 
 
@@ -258,11 +259,12 @@ def advance(model, params, draft, spec: Speculation, rules: Rules, costs, rounds
 def _plain(model, params, rules: Rules, spec: Speculation) -> Speculation:
     """A step as `generate` makes it."""
     state, had = spec.state, spec.state.lengths
-    logits, cache = cached(model, params, state.pending[:, None], state.running.astype(jnp.int32), state.cache)
+    tokens, lengths = state.pending[:, None], state.running.astype(jnp.int32)
+    logits, cache, hidden = scored(model, params, spec, tokens, lengths, state.cache, last=True)
     state = emit(replace(state, cache=cache), rules, logits)
     idle = jnp.full_like(spec.right, FORGIVING)
     spec = replace(spec, state=state, right=spec.right * idle, checked=spec.checked * idle)
-    return grown(spec, state.pending[:, None], state.lengths - had)
+    return kept(grown(spec, state.pending[:, None], state.lengths - had), hidden, state.lengths - had)
 
 
 def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Speculation:
@@ -272,7 +274,7 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     real = jnp.arange(width)[None] < count[:, None]
     tokens = jnp.concatenate([state.pending[:, None], jnp.where(real, guess, 0)], axis=1)
     taken = jnp.where(state.running, 1 + count, 0)
-    logits, seen = model.apply({"params": params}, tokens, taken, ahead(cache))
+    logits, seen, hidden = scored(model, params, spec, tokens, taken, ahead(cache), last=False)
 
     def follow(carry: tuple[Any, ...]):
         j, agreeing, state = carry
@@ -301,7 +303,7 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     )
     last = jnp.arange(width + 1)[None] == (made - 1)[:, None]
     new = jnp.where(last, state.pending[:, None], jnp.pad(guess, ((0, 0), (0, 1))))
-    return grown(spec, new, made)
+    return kept(grown(spec, new, made), hidden, made)
 
 
 def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[int, ...]) -> Speculation:

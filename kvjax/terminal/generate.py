@@ -21,8 +21,9 @@ def run(command: Generate) -> int:
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     if not prompt:
         raise ValueError("the prompt is empty" + (" (nothing came on standard input)" if command.prompt == "-" else ""))
-    draft = parse_draft(command.draft) if command.draft else None
+    make = parse_draft(command.draft) if command.draft else None
     session = open_session(command.where)
+    draft = None if make is None else make(session)
     ids = _encode(session, prompt, command.raw)
     capacity = room_for(session, command.where, len(ids), command.max_new)
     cache = new_cache(session, capacity)
