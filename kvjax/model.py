@@ -160,13 +160,13 @@ class Transformer(nn.Module):
         c, p = self.config, self.precision
         batch, width = tokens.shape
         lengths = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         full = jnp.zeros(batch, bool)
         if cache is not None:
             cache, full = cache.opened(lengths)
             lengths = jnp.where(full, 0, lengths)
         offset = jnp.arange(width, dtype=jnp.int32)[None]
-        positions, valid = start[:, None] + offset, offset < lengths[:, None]
+        positions = jnp.tile(offset, (batch, 1)) if cache is None else cache.positions(width)
+        valid = offset < lengths[:, None]
 
         embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab, c.hidden), p.params)
         x = jnp.take(embed, jnp.where(tokens < 0, c.vocab, tokens), axis=0).astype(p.compute)  # NaN past the table

@@ -9,8 +9,10 @@ from kvjax.draft.lookup import PromptLookup
 from kvjax.draft.model import DraftModel
 from kvjax.draft.speculation import Speculated, speculate, stream
 from kvjax.draft.state import Speculation, widths
+from kvjax.draft.tree import Branches, Tree
 
 __all__ = [
+    "Branches",
     "Chain",
     "Draft",
     "DraftModel",
@@ -19,6 +21,7 @@ __all__ = [
     "PromptLookup",
     "Speculated",
     "Speculation",
+    "Tree",
     "View",
     "load_draft",
     "save_draft",

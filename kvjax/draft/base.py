@@ -53,8 +53,11 @@ class Draft(Protocol):
         """The draft's state before `batch` rows of up to `size` tokens."""
         ...
 
-    def propose(self, own: Any, view: View, want: Int[Array, ""]) -> tuple[Int[Array, "batch most"], Any, Any]:
-        """Up to `want` guesses at what follows a row's newest token, how many each row has, and the state after."""
+    def propose(self, own: Any, view: View, want: Int[Array, ""]) -> tuple[Any, Any, Any]:
+        """Up to `want` guesses at what follows a row's newest token, how many each row has, and the state after.
+
+        A draft whose static `makes_trees` is true gives a `Tree` of them, and as many as it likes if `want` is not 0.
+        """
         ...
 
     def observe(self, own: Any, view: View) -> Any:
@@ -68,6 +71,11 @@ class Draft(Protocol):
 def wants_hidden(draft: Any) -> bool:
     """Whether a draft asks for `View.hidden`, by a static property of this name; one without it does not."""
     return bool(getattr(draft, "wants_hidden", False))
+
+
+def makes_trees(draft: Any) -> bool:
+    """Whether a draft's guesses are a `Tree`, by a static property of this name; one without it makes chains."""
+    return bool(getattr(draft, "makes_trees", False))
 
 
 def check_most(draft: Any, most: int) -> None:

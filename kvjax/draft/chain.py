@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from kvjax.config import ModelConfig
 from kvjax.draft.base import View, wants_hidden
+from kvjax.draft.tree import check_chains
 from kvjax.pytree import pytree
 
 
@@ -17,7 +18,7 @@ class Chain:
     """Each row has the guesses of the first of `drafts` that has any for it.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one that makes trees.
     """
 
     drafts: tuple[Any, ...]
@@ -25,6 +26,7 @@ class Chain:
     def __post_init__(self):
         if isinstance(self.drafts, tuple) and not self.drafts:
             raise ValueError("Chain: `drafts` must name at least one, got ()")
+        check_chains("Chain", self.drafts)
 
     @property
     def most(self) -> int:

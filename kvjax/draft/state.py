@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.decode.sampling import Rules
 from kvjax.decode.state import State
-from kvjax.draft.base import Draft, View, wants_hidden
+from kvjax.draft.base import Draft, View, makes_trees, wants_hidden
 from kvjax.model import Transformer
 from kvjax.pytree import pytree
 
@@ -22,6 +22,7 @@ class Speculation:
     """A speculating generation under way: what `State` is for `generate`, the draft's state and the next guesses.
 
     `text` holds each row's prompt and new tokens, `length` of them; rows that are not `wanted` are guessed nothing.
+    `parent` is as in `Tree`, None where the draft makes none.
     `hidden` and `fresh` are as in `View`, None where the draft does not ask for them.
     """
 
@@ -30,6 +31,7 @@ class Speculation:
     text: Int[Array, "batch size"]
     length: Int[Array, "batch"]
     guess: Int[Array, "batch most"]
+    parent: Int[Array, "batch most"] | None
     count: Int[Array, "batch"]
     choice: Int[Array, ""]
     right: Float[Array, "batch"]
@@ -67,6 +69,7 @@ def blank(
         text=text,
         length=length,
         guess=jnp.asarray(zeros((batch, 0 if draft is None else draft.most))),
+        parent=jnp.asarray(zeros((batch, draft.most)) - 1) if draft is not None and makes_trees(draft) else None,
         count=jnp.asarray(zeros(batch)),
         choice=jnp.asarray(zeros(())),
         right=jnp.asarray(np.zeros(batch, np.float32)),
