@@ -20,6 +20,7 @@ class View:
         position: of the token after the newest, in the target's cache. The draw of a row that samples depends on it.
         made: new tokens a row has.
         seen, counts: which tokens prompt and output have, and how often the output has each.
+        ruled: each row's state in its grammar, for `choose`.
     """
 
     text: Int[Array, "batch size"]
@@ -30,6 +31,7 @@ class View:
     seen: Bool[Array, "batch vocab"]
     counts: Int[Array, "batch vocab"]
     rules: Rules
+    ruled: Int[Array, "batch"] | None = None
 
 
 @runtime_checkable

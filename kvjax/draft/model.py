@@ -18,6 +18,7 @@ from kvjax.cache.base import Cache
 from kvjax.cache.dense import Dense
 from kvjax.config import ModelConfig
 from kvjax.decode.choose import choose
+from kvjax.decode.grammars import follow
 from kvjax.draft.base import View, check_most
 from kvjax.model import Params, Transformer, cached
 from kvjax.pytree import pytree, static
@@ -68,16 +69,18 @@ class DraftModel:
         logits, own = self._catch_up(own, view, want)
 
         def guess_one(carry: tuple[Any, ...]):
-            i, logits, guess, cache = carry
-            token = choose(logits, view.rules, view.position + i, view.made + i, view.seen, view.counts)
+            i, logits, guess, cache, ruled = carry
+            token = choose(logits, view.rules, view.position + i, view.made + i, view.seen, view.counts, ruled)
+            if ruled is not None and not view.rules.grammars.none:
+                ruled = follow(view.rules.grammars, view.rules.grammar, ruled, token)
             guess = jax.lax.dynamic_update_slice_in_dim(guess, token[:, None], i, axis=1)
             feed = (view.running & (i + 1 < want)).astype(jnp.int32)
             logits, cache = cached(self.model, self.params, token[:, None], feed, cache)
-            return i + 1, logits.astype(jnp.float32), guess, cache
+            return i + 1, logits.astype(jnp.float32), guess, cache, ruled
 
         guess = jnp.full((view.length.shape[0], self.k), -1, jnp.int32)
-        start = jnp.zeros((), jnp.int32), logits, guess, own
-        _, _, guess, own = jax.lax.while_loop(lambda carry: carry[0] < want, guess_one, start)
+        start = jnp.zeros((), jnp.int32), logits, guess, own, view.ruled
+        _, _, guess, own, _ = jax.lax.while_loop(lambda carry: carry[0] < want, guess_one, start)
         return guess, jnp.where(view.running, want, 0), own
 
     def observe(self, own: Cache, view: View) -> Cache:

@@ -93,4 +93,5 @@ def view_of(spec: Speculation, rules: Rules) -> View:
         seen=state.seen,
         counts=state.counts,
         rules=rules,
+        ruled=state.ruled,
     )
