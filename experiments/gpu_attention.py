@@ -1,6 +1,7 @@
 """Decode attention on a GPU: our kernel and its peers in turns, against the time to read K/V at the copy's speed.
 
-Inputs take turns so that none is in cache. A kernel that is not the float32 reference's equal is refused.
+Inputs take turns so that none is in cache. A kernel that is not the float32 reference's equal is refused. The bytes
+that a share counts are those of K/V as the kernel reads them: of codes and their scales where these are packed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 from experiments.gpu_timing import COLD, copy_bandwidth, microseconds, require_gpu
 from experiments.registry import Progress, Row
 from kernels.decode_attention import decode_attention, fitting
+from kernels.decode_packed import decode_packed, fitting_packed
 from kernels.decode_plan import plan
+from kernels.packed import Packed, dequantize, quantize
 from kernels.reference import Mask, attend
 
 FAR = 1e-2
@@ -81,12 +84,17 @@ def run(config: Config, progress: Progress) -> list[Row]:
 
 def _measure(config: Config, batch: int, context: int, bandwidth: float) -> list[Row]:
     size = 2 * batch * context * config.kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-    keys = jax.random.split(jax.random.key(batch * context), 3 * max(1, -(-COLD // size)))
+    fewest = min(FEWER.get(name, 8 * jnp.dtype(config.dtype).itemsize) for name in config.kernels)
+    least = size * fewest // (8 * jnp.dtype(config.dtype).itemsize)
+    keys = jax.random.split(jax.random.key(batch * context), 3 * max(1, -(-COLD // least)))
     draws = [_draw(config, batch, context, keys[i : i + 3]) for i in range(0, len(keys), 3)]
     contenders = {name: KERNELS[name](config, batch, context) for name in config.kernels}
     ready = {name: [arrange(*draw) for draw in draws] for name, (arrange, _) in contenders.items()}
     compiled = {name: jax.jit(call).lower(*ready[name][0]).compile() for name, (_, call) in contenders.items()}
-    errors = {name: _error(config, compiled[name](*ready[name][0]), draws[0]) for name in compiled}
+    errors = {
+        name: _error(config, call(*ready[name][0]), _meant(ready[name][0], draws[0])) for name, call in compiled.items()
+    }
+    sizes = {name: sum(x.nbytes for x in jax.tree.leaves(ready[name][0][1:3])) for name in compiled}
     if far := {name: error for name, error in errors.items() if not error < FAR}:
         raise RuntimeError(f"gpu_attention: at {batch}x{context} expected relative errors below {FAR}, got {far}")
     times: dict[str, list[float]] = {name: [] for name in compiled}
@@ -95,12 +103,12 @@ def _measure(config: Config, batch: int, context: int, bandwidth: float) -> list
             times[name] += microseconds(call, ready[name], config.calls)
     return [
         {
-            "kernel": name,
+            "kernel": name.partition(" ")[0],
             "batch": batch,
             "context": context,
-            "dtype": config.dtype,
+            "dtype": name.partition(" ")[2] or config.dtype,
             "us": median(us),
-            "share_of_ceiling": size / bandwidth / (1e-6 * median(us)),
+            "share_of_ceiling": sizes[name] / bandwidth / (1e-6 * median(us)),
             "range": [min(us), max(us)],
             "error": errors[name],
             "ceiling_GB_s": bandwidth / 1e9,
@@ -114,6 +122,11 @@ def _draw(config: Config, batch: int, context: int, keys):
     kept = (batch * config.kv_heads, context, config.head_dim)
     shapes = ((batch, 1, config.heads, config.head_dim), kept, kept)
     return [jax.random.normal(key, shape, config.dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def _meant(ready, draw):
+    """Queries, keys and values that a kernel was given: what its codes stand for, if they are codes."""
+    return [draw[0], *(dequantize(x) for x in ready[1:3])] if isinstance(ready[1], Packed) else draw
 
 
 def _places(batch: int, context: int):
@@ -141,6 +154,22 @@ def _ours(config: Config, batch: int, context: int):
     return lambda q, k, v: (q, k, v, at, slots, work), call
 
 
+def _packed(bits: int):
+    def contender(config: Config, batch: int, context: int):
+        """One float16 scale a token for keys and for values; the plan as in `_ours`."""
+        mask, tiling = Mask(config.head_dim**-0.5), fitting_packed(config.head_dim, batch * config.kv_heads, bits)
+        at, slots = _places(batch, context)
+        work = jax.jit(plan, static_argnums=(2, 3, 4))(at, slots, mask, config.kv_heads, tiling)
+        pack = jax.jit(lambda x: quantize(x, bits))
+
+        def call(q, k, v, at, slots, work):
+            return decode_packed(q, k, v, at, slots, mask, work=work, tiling=tiling)[0]
+
+        return lambda q, k, v: (q, pack(k), pack(v), at, slots, work), call
+
+    return contender
+
+
 def _cudnn(config: Config, batch: int, context: int):
     """NVIDIA cuDNN through JAX, which wants tokens before heads."""
 
@@ -162,5 +191,13 @@ def _einsum(config: Config, batch: int, context: int):
     return lambda q, k, v: (q, k, v), call
 
 
-KERNELS: dict[str, Callable] = {"kvjax": _ours, "cuDNN": _cudnn, "einsum": _einsum}
+FEWER = {"kvjax int8": 8, "kvjax int4": 4, "kvjax int2": 2}
+"""Bits of a number in kernels that read codes; these are held against float32 attention to what the codes stand for."""
+
+KERNELS: dict[str, Callable] = {
+    "kvjax": _ours,
+    "cuDNN": _cudnn,
+    "einsum": _einsum,
+    **{name: _packed(bits) for name, bits in FEWER.items()},
+}
 """From config, batch and context to a function that arranges a draw and one that attends to what it gives."""

@@ -54,6 +54,7 @@ class Plan:
             may run at the same time, as a model's layers never do.
     """
 
+    __no_type_check__ = True  # read by jaxtyping's import hook in the tests: inside JAX leaves may be placeholders
     slots: Int[Array, "batch padded"]
     tiles: Int[Array, "rows tiles"]
     counts: Int[Array, "batch"]

@@ -6,7 +6,7 @@ the leading axis XLA keeps a cache in place where a separate head axis made it c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,7 +89,7 @@ def attend(
         return finish(_piece(q, k, v, positions, slots, mask), q.dtype)
     size = min(BLOCK, k.shape[1])
 
-    def load(first):
+    def load(first, _):
         return tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k, v))
 
     return attend_blocks(q, slots, load, size, positions, mask)
@@ -98,42 +98,51 @@ def attend(
 def attend_blocks(
     q: Float[Array, "batch width heads head_dim"],
     slots: Int[Array, "batch slots"],
-    load: Callable[[Int[Array, ""]], tuple[Float[Array, "rows size head_dim"], Float[Array, "rows size head_dim"]]],
+    load: Callable[[Int[Array, ""], int], tuple[Array, Array]],
     size: int,
     positions: Int[Array, "batch width"],
     mask: Mask,
+    counts: Sequence[int] = (),
 ) -> Partial:
     """`attend` to slots that come `size` at a time, so that memory does not grow with them.
 
     Args:
-        load: keys and values of the `size` slots from the given one on; not called for those that no query sees.
+        load: keys and values `[count * kv_heads, size, head_dim]` of the first `count` rows' `size` slots from the
+            given one on; not called for those that no query sees.
         size: at most the number of slots. The last block reaches back to be as large, and counts no slot twice.
+        counts: fewer rows than all that a block may be loaded for, where the others see nothing in it; worth it if
+            rows are in order of how much they hold, the longest first.
     Source: Milakov & Gimelshein 2018 (arXiv:1805.02867), Alg. 3.
     """
     if q.shape[1] > TILE:
-        return _tiles(lambda q, at: attend_blocks(q, slots, load, size, at, mask), q, positions)
+        return _tiles(lambda q, at: attend_blocks(q, slots, load, size, at, mask, counts), q, positions)
 
     def step(state: _State, i) -> tuple[_State, None]:
         first = jnp.minimum(i * size, slots.shape[1] - size)
         held = jax.lax.dynamic_slice_in_dim(slots, first, size, axis=1)
         held = jnp.where(first + jnp.arange(size)[None] >= i * size, held, -1)
 
-        def fold(state: _State) -> _State:
-            out, peak, total = state
-            new_out, new_peak, new_total = _piece(q, *load(first), positions, held, mask)
+        def fold(state: _State, count: int) -> _State:
+            out, peak, total = (x[:count] for x in state)
+            new_out, new_peak, new_total = _piece(q[:count], *load(first, count), positions[:count], held[:count], mask)
             top = jnp.maximum(peak, new_peak)
             base = jnp.where(jnp.isfinite(top), top, 0.0)
             old, new = jnp.exp(peak - base), jnp.exp(new_peak - base)
-            return out * old + new_out * new, top, total * old + new_total * new
+            folded: _State = out * old + new_out * new, top, total * old + new_total * new
+            return folded if count == batch else jax.tree.map(lambda x, new: x.at[:count].set(new), state, folded)
 
-        return jax.lax.cond(visible(positions, held, mask).any(), fold, lambda state: state, state), None
+        sees = visible(positions, held, mask).any((1, 2))
+        need = jnp.where(sees, jnp.arange(1, batch + 1), 0).max()
+        enough = jnp.searchsorted(jnp.array((0, *several)), need)
+        return jax.lax.switch(enough, [lambda state: state, *(partial(fold, count=n) for n in several)], state), None
 
     batch, width, heads, dim = q.shape
+    several = sorted({*counts, batch})
     empty: _State = (
         jnp.zeros((batch, heads, width, dim)),
         jnp.full((batch, heads, width, 1), -jnp.inf),
         jnp.zeros((batch, heads, width, 1)),
-    )  # a scan with a `cond`, not a loop of dynamic length, so that it can be differentiated
+    )  # a scan with a `switch`, not a loop of dynamic length, so that it can be differentiated
     return finish(jax.lax.scan(step, empty, jnp.arange(-(-slots.shape[1] // size)))[0], q.dtype)
 
 

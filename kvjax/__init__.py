@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvjax.version import __version__
 
 if TYPE_CHECKING:
-    from kvjax import batch, cache, decode, draft
+    from kvjax import batch, cache, decode, draft, grammar
     from kvjax.batch import serve
     from kvjax.cache import Cache, fork, nbytes
     from kvjax.config import ModelConfig, Precision, Rope
@@ -60,7 +60,7 @@ _HOMES = {
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_ROOMS = ("batch", "cache", "decode", "draft")
+_ROOMS = ("batch", "cache", "decode", "draft", "grammar")
 
 __all__ = [
     "Cache",
@@ -82,6 +82,7 @@ __all__ = [
     "fork",
     "forward",
     "generate",
+    "grammar",
     "import_cache",
     "init_params",
     "load",

@@ -72,6 +72,14 @@ class Generate:
     read the same before, `model:PATH`, a smaller model of the same vocabulary, or `heads:PATH` or `early-exit:PATH`,
     trained by the experiments `train_draft` and `train_exit`; with settings: `lookup:k=5`. The first run compiles
     longer."""
+    n: int = 1
+    """This many answers at once, the prompt held once for all; they differ with a `--temperature`."""
+    beam: int = 0
+    """Search with this many beams, and print the best text found, or the `--n` best."""
+    schema: str = ""
+    """Answer with JSON that satisfies this JSON schema: a file, or the schema itself."""
+    regex: str = ""
+    """Answer with a text that this regular expression matches from end to end."""
     json: bool = False
     """Print one JSON object at the end, instead of text as it comes."""
     where: tyro.conf.OmitArgPrefixes[Where] = field(default_factory=Where)

@@ -25,6 +25,7 @@ NAMES = [
     "fork",
     "forward",
     "generate",
+    "grammar",
     "import_cache",
     "init_params",
     "load",
@@ -53,7 +54,7 @@ def test_importing_loads_nothing_heavy():
     """Readers and tools are imported where they are used: a start costs JAX and Flax only."""
     code = (
         "import sys, kvjax; heavy = {'gguf', 'tokenizers', 'jinja2', 'huggingface_hub', 'orbax.checkpoint', "
-        "'safetensors', 'tyro', 'transformers', 'torch'}; print(sorted(heavy & set(sys.modules)))"
+        "'safetensors', 'tyro', 'outlines_core', 'transformers', 'torch'}; print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout

@@ -97,9 +97,9 @@ def unpark(model: Transformer, slots: Slots, row: int, parked: Parked, *, draft:
 
 
 def _without_cache(one: Slots) -> Slots:
-    """What is a row's own: the draft's state and the automaton are not."""
+    """What is a row's own: the draft's state, the automaton and the tables of grammars are not."""
     spec = replace(one.spec, own=None, choice=None, rounds=None, state=replace(one.spec.state, cache=None, step=None))
-    return replace(one, spec=spec, rules=replace(one.rules, automaton=None))
+    return replace(one, spec=spec, rules=replace(one.rules, automaton=None, grammars=None))
 
 
 @jax.jit

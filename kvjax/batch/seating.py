@@ -27,11 +27,13 @@ from kvjax.cache.base import is_whole
 from kvjax.cache.paged import Paged, release
 from kvjax.decode import state as decoding
 from kvjax.decode.generation import check_counts, seen_in
+from kvjax.decode.grammars import follow, pack
 from kvjax.decode.prompts import as_prompts
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, rules
 from kvjax.decode.stops import compile_stops
 from kvjax.draft.base import Draft
 from kvjax.draft.state import view_of
+from kvjax.grammar.grammar import Grammar
 from kvjax.model import Transformer
 
 
@@ -84,7 +86,7 @@ def admit(
         slots: donated: use the one returned.
         draft: that of `init`; `speculate` says whether it guesses for this request.
         made: what the request had made when it left its row, to go on from; its tokens are taken in again.
-        sampling: its stop strings are for `heed`, and left out here.
+        sampling: its stop strings are for `heed` and its grammar is for `constrain`; neither holds before.
     Raises:
         ValueError: for a row that is not free, or a request that no slot could serve (`check`).
     """
@@ -94,7 +96,8 @@ def admit(
     seeded = sampling if sampling.seed is not None else replace(sampling, seed=row)
     plain = replace(seeded, stop_strings=())
     own = rules(plain, batch=1, vocab=model.config.vocab, max_new=max_new, key=key)
-    own = widened(own, slots.rules.stop.shape[1])
+    own = replace(widened(own, slots.rules.stop.shape[1]), automaton=slots.rules.automaton)
+    own = replace(own, grammar=jnp.full_like(own.grammar, -1), grammars=slots.rules.grammars)
     had = Made([], [], WAITING, 0, 0) if made is None else made
     whole = [*tokens, *had.tokens]
     text, new = (np.zeros((1, x.shape[1]), np.int32) for x in (slots.spec.text, slots.spec.state.tokens))
@@ -133,7 +136,7 @@ def _admit(slots: Slots, row, one: dict[str, Array], own: Rules, draft, *, model
 
     names = "guess", "count", "right", "checked", "fresh"
     zeros = {name: jnp.zeros_like(x) for name in names if (x := getattr(spec, name)) is not None}
-    state = replace(state, **named(state), matched=jnp.zeros_like(state.matched))
+    state = replace(state, **named(state), matched=jnp.zeros_like(state.matched), ruled=jnp.zeros_like(state.ruled))
     spec = replace(spec, **(named(spec) | zeros), state=state)
     return put_row_of_slots(slots, row, Slots(spec, own, one["goal"], slots.capacity))
 
@@ -168,6 +171,34 @@ def _matched(tokens, lengths, settings: Rules) -> Int[Array, "slots"]:
 
     def step(i, matched):
         return jnp.where(i < lengths, decoding.follow(matched, settings, jnp.maximum(tokens[:, i], 0))[0], matched)
+
+    return jax.lax.fori_loop(0, lengths.max(), step, jnp.zeros_like(lengths))
+
+
+def constrain(slots: Slots, grammars: Sequence[Grammar | None]) -> Slots:
+    """Have each row keep to its grammar, if it has one, from what it has made so far on.
+
+    Args:
+        grammars: one a row, as `fitted` leaves them.
+    Raises:
+        ValueError: for another number of grammars than rows, or tables that are too large together.
+    """
+    if len(grammars) != slots.goal.shape[0]:
+        raise ValueError(f"constrain: `grammars` must be {slots.goal.shape[0]}, one a row, got {len(grammars)}")
+    which, tables = pack(grammars, slots.spec.state.seen.shape[1])
+    settings = replace(slots.rules, grammar=jnp.asarray(which), grammars=tables)
+    state = slots.spec.state
+    ruled = jnp.zeros_like(state.ruled) if tables.none else _ruled(state.tokens, state.lengths, settings)
+    return replace(slots, rules=settings, spec=replace(slots.spec, state=replace(state, ruled=ruled)))
+
+
+@jax.jit
+def _ruled(tokens, lengths, settings: Rules) -> Int[Array, "slots"]:
+    """The grammars' states after what rows have made."""
+
+    def step(i, ruled):
+        to = follow(settings.grammars, settings.grammar, ruled, jnp.maximum(tokens[:, i], 0))
+        return jnp.where(i < lengths, to, ruled)
 
     return jax.lax.fori_loop(0, lengths.max(), step, jnp.zeros_like(lengths))
 

@@ -15,16 +15,18 @@ from jaxtyping import Array, Key
 
 from kvjax.batch.parking import Parked, check_way, park, unpark
 from kvjax.batch.request import Request, Result
-from kvjax.batch.seating import admit, check, heed, retire
+from kvjax.batch.seating import admit, check, constrain, heed, retire
 from kvjax.batch.slots import Made, Slots, init, look, watch, with_cache
 from kvjax.batch.steps import decode, feed
 from kvjax.cache.base import Strategy
 from kvjax.cache.paged import Paged
 from kvjax.cache.prefix import Policy, PrefixStore, keep, make_room, open_store, reuse
 from kvjax.decode.generation import check_counts
-from kvjax.decode.sampling import rules
+from kvjax.decode.grammars import table_bytes
+from kvjax.decode.sampling import fitted, rules
 from kvjax.decode.state import REASONS, RUNNING
 from kvjax.draft.base import Draft
+from kvjax.grammar.grammar import MOST_BYTES, Grammar
 from kvjax.model import Params, Transformer
 
 
@@ -130,12 +132,13 @@ def submit(model: Transformer, serving: Serving, request: Request, time: float) 
         if request.sampling.stop_strings and serving.settings.tokenizer is None:
             raise ValueError("submit: `stop_strings` need the settings' `tokenizer`")
         check(model, serving.slots, request.tokens, request.sampling, request.max_new, "submit")
-        plain = replace(request.sampling, stop_strings=())
+        sampling = fitted(request.sampling, model.config.vocab, request.max_new, serving.settings.tokenizer)
+        plain = replace(sampling, stop_strings=())
         rules(plain, batch=1, vocab=model.config.vocab, max_new=request.max_new, key=serving.key)
     except (ValueError, TypeError) as error:
         refused = Result(name, [], [], "refused", str(error), arrived=time, done=time)
         return serving, [refused]
-    ticket = Ticket(request, number, time)
+    ticket = Ticket(replace(request, sampling=sampling), number, time)
     return replace(serving, waiting=(*serving.waiting, ticket), names=serving.names | {name}), []
 
 
@@ -186,9 +189,16 @@ def _seat(model, serving: Serving, time: float) -> Serving:
 
 
 def _fits(serving: Serving, ticket: Ticket) -> tuple[Serving, bool]:
-    """Whether what a request brings, or its first chunk, finds pages: or it would have to leave again at once."""
+    """Whether what a request brings, or its first chunk, finds pages, or it would have to leave again at once.
+
+    Also whether its grammar finds room beside the others'.
+    """
     if not any(serving.seated):
         return serving, True
+    if (grammar := ticket.request.sampling.grammar) is not None:
+        vocab = serving.slots.spec.state.seen.shape[1]
+        if table_bytes([*_grammars(serving), grammar], vocab) > MOST_BYTES:
+            return serving, False
     need = min(len(ticket.request.tokens), serving.settings.chunk) if ticket.kept is None else ticket.kept.length + 1
     return _roomy(serving, _alone(serving, serving.seated.index(None), need))
 
@@ -221,7 +231,15 @@ def _admit(model, serving: Serving, row: int, ticket: Ticket) -> Serving:
     if request.sampling.stop_strings:
         strings = [() if t is None else tuple(t.request.sampling.stop_strings) for t in serving.seated]
         serving = replace(serving, slots=heed(serving.slots, strings, settings.tokenizer))
+    grammars, idle = _grammars(serving), serving.slots.rules.grammars.none
+    if request.sampling.grammar is not None or not (idle or any(grammars)):
+        serving = replace(serving, slots=constrain(serving.slots, grammars))
     return serving
+
+
+def _grammars(serving: Serving) -> list[Grammar | None]:
+    """That of each row."""
+    return [None if t is None else t.request.sampling.grammar for t in serving.seated]
 
 
 def _reused(serving: Serving, row: int, text: list[int]) -> tuple[Serving, int]:

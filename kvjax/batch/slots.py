@@ -160,7 +160,7 @@ def with_cache(slots: Slots, cache: Cache) -> Slots:
 
 
 def row_of_slots(slots: Slots, row: Int[Array, ""]) -> Slots:
-    """One row as slots of their own; the draft's state, the automaton and the counts of rounds are not of a row."""
+    """One row as slots of their own; what all share is left as it is."""
 
     def cut(x):
         return jax.lax.dynamic_slice_in_dim(x, row, 1)
@@ -187,7 +187,7 @@ def _by_row(slots: Slots, of: Any, other: Slots, cache: Any) -> Slots:
     state: State = each(slots.spec.state, other.spec.state, ("cache", "step"))
     state = replace(state, cache=cache(slots.cache))
     spec = each(slots.spec, other.spec, ("state", "own", "choice", "rounds"))
-    settings = each(slots.rules, other.rules, ("automaton", "keys"))
+    settings = each(slots.rules, other.rules, ("automaton", "keys", "grammars"))
     words = of(jax.random.key_data(slots.rules.keys), jax.random.key_data(other.rules.keys))
     settings = replace(settings, keys=jax.random.wrap_key_data(words, impl=jax.random.key_impl(slots.rules.keys)))
     return Slots(replace(spec, state=state), settings, of(slots.goal, other.goal), slots.capacity)

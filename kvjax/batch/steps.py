@@ -30,12 +30,15 @@ def feed(model: Transformer, params: Params, slots: Slots, row: int, *, chunk: i
 
     Args:
         slots: donated: use the one returned.
-        chunk: what is left is padded to a power of two, from 16 on, each a program of its own.
+        chunk: widths are powers of two, from 16 on, each a program of its own, and at most a quarter is padding.
     """
     check_counts("feed", chunk=chunk)
     now = watch(slots)
     left = int(now.goal[row] - now.held[row])
-    width = min(power_of_two(max(left, NARROWEST)), power_of_two(chunk), slots.capacity)
+    width = power_of_two(max(left, NARROWEST))
+    if left < 3 * width // 4 and width > NARROWEST:
+        width //= 2
+    width = min(width, power_of_two(chunk), slots.capacity)
     return _feed(model, params, slots, jnp.int32(row), jnp.int32(chunk), width=width)
 
 

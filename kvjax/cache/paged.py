@@ -47,16 +47,21 @@ class PagedLayer(InOrder):
 
     def look(self, q, positions, mask: Mask):
         assert self.table is not None and self.filled is not None, "an open layer"
-        table, page = self.table, self.k.shape[1]
+        page, batch = self.k.shape[1], q.shape[0]
+        order = jnp.argsort(-self.filled)  # longest first, so that their last pages are gathered for them alone
+        q, positions, table, filled = (jnp.take(x, order, axis=0) for x in (q, positions, self.table, self.filled))
         taken = min(max(BLOCK // page, 1), table.shape[1])
         slots = jnp.arange(table.shape[1] * page)[None]
 
-        def load(first):
-            cut = jax.lax.dynamic_slice_in_dim(table, first // page, taken, axis=1)
+        def load(first, count):
+            cut = jax.lax.dynamic_slice_in_dim(table[:count], first // page, taken, axis=1)
             return tuple(self._gathered(pool, cut) for pool in (self.k, self.v))
 
-        held = jnp.where(slots < self.filled[:, None], slots, -1)
-        return attend_blocks(q, held, load, taken * page, positions, mask)
+        held = jnp.where(slots < filled[:, None], slots, -1)
+        counts = [batch // 4**i for i in range(1, 4) if batch // 4**i]
+        parts = attend_blocks(q, held, load, taken * page, positions, mask, counts)
+        back = jnp.argsort(order)
+        return tuple(jnp.take(x, back, axis=0) for x in parts)
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """Slots are those of a row's own pages, in its order; no page is needed to say what they hold."""

@@ -214,7 +214,7 @@ class QuantizedLayer(InOrder):
         group, groups = self.k_codec.group, self.k_codes.shape[3]
         size = max(1, min(BLOCK // group, groups))
 
-        def load(first: Int[Array, ""]):
+        def load(first: Int[Array, ""], _):
             def cut(x, axis: int):
                 return jax.lax.dynamic_slice_in_dim(x, first // group, size, axis=axis)
 

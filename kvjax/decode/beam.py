@@ -20,11 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.cache.base import Cache, fork
 from kvjax.cache.paged import Paged, release
 from kvjax.decode.generation import Output, check_counts
+from kvjax.decode.grammars import Grammars, allowed, complete, follow, targets
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
-from kvjax.decode.sampling import power_of_two
+from kvjax.decode.sampling import Sampling, power_of_two, rules
 from kvjax.decode.spread import check_room, spread
-from kvjax.decode.state import LIMIT, NOT_FINITE, STOP_TOKEN
+from kvjax.decode.state import COMPLETE, LIMIT, NOT_FINITE, STOP_TOKEN
 from kvjax.decode.step import fill
+from kvjax.grammar.grammar import Grammar
 from kvjax.model import Params, Transformer, cached
 from kvjax.pytree import pytree
 
@@ -34,12 +36,16 @@ PAGE = 16
 
 @pytree
 class Hypotheses:
-    """Continuations of one prompt: -1 and 0 past each one's `lengths`. `total` is -inf where there is none."""
+    """Continuations of one prompt: -1 and 0 past each one's `lengths`. `total` is -inf where there is none.
+
+    `ruled` is the state in the grammar.
+    """
 
     tokens: Int[Array, "count new"]
     logprobs: Float[Array, "count new"]
     lengths: Int[Array, "count"]
     total: Float[Array, "count"]
+    ruled: Int[Array, "count"]
 
 
 @pytree
@@ -65,6 +71,7 @@ def beam(
     length_penalty: float = 1.0,
     stop: Sequence[int] = (),
     capacity: int | None = None,
+    grammar: Grammar | None = None,
 ) -> Output:
     """The `beams` best continuations of one prompt that beam search finds, best first, with their `score`.
 
@@ -79,15 +86,20 @@ def beam(
         length_penalty: the power of the length that divides the sum of logprobs: 0 for the sum, 1 for the mean.
         stop: token ids that end a hypothesis; the one met is part of it.
         capacity: own tokens that a row of the cache returned can hold, and at least the `max_new` of this call.
+        grammar: what a hypothesis may be, as `Sampling` takes it: one without a stop token ends once it is whole and
+            nothing can follow. Of fewer than `beams` possible ones the rest are empty, with a score of -inf.
     Returns:
         The cache holds the prompt once, as `Shared`, and is filled anew with the hypotheses that are returned.
     Raises:
         ValueError: for what `prefill` refuses, more than one prompt, `beams` or `max_new` out of range, a
-            `length_penalty` that is not finite, or a stop token outside the vocabulary.
+            `length_penalty` that is not finite, a stop token outside the vocabulary, or a grammar that `rules` refuses.
         FloatingPointError: if logits were not finite.
     """
     tokens, lengths = as_prompts(model, cache, tokens, lengths, "beam")
     stops = _check(model.config.vocab, tokens.shape[0], beams, max_new, length_penalty, stop, capacity)
+    ruling = rules(
+        Sampling(stop=stops[stops >= 0].tolist(), grammar=grammar), batch=1, vocab=model.config.vocab, max_new=max_new
+    ).grammars
     new = power_of_two(max_new)
     capacity = max(new, capacity or 0)
     if model.config.rope is None:
@@ -97,7 +109,7 @@ def beam(
     logits, cache = fill(model, params, cache, tokens, lengths)
     cache = spread(model, cache, beams, capacity, inner)
     settings = jnp.asarray(stops), jnp.asarray(np.float32(length_penalty)), jnp.asarray(np.int32(max_new))
-    cache, found, score, reason = _search(model, params, cache, logits, *settings, new=new)
+    cache, found, score, reason = _search(model, params, cache, logits, *settings, ruling, new=new)
     if not traced(reason) and (np.asarray(reason) == NOT_FINITE).any():
         raise FloatingPointError(f"beam: logits were not finite after {int(found.lengths.max())} new tokens")
     if max_new > 1:
@@ -125,7 +137,7 @@ def _check(vocab: int, rows: int, beams, max_new, length_penalty, stop, capacity
 
 
 @partial(jax.jit, static_argnames=("model", "new"), donate_argnames="cache")
-def _search(model, params, cache: Cache, logits, stop, penalty, limit, *, new: int):
+def _search(model, params, cache: Cache, logits, stop, penalty, limit, ruling: Grammars, *, new: int):
     """From the prompt's logits to the cache, back at the prompt, and the best hypotheses, their scores and reasons."""
     beams, vocab = cache.batch, logits.shape[1]
     none = Hypotheses(
@@ -133,10 +145,11 @@ def _search(model, params, cache: Cache, logits, stop, penalty, limit, *, new: i
         logprobs=jnp.zeros((beams, new)),
         lengths=jnp.zeros(beams, jnp.int32),
         total=jnp.full(beams, -jnp.inf),
+        ruled=jnp.zeros(beams, jnp.int32),
     )
     start = replace(none, total=none.total.at[0].set(0.0))
     search = Search(cache, start, none, jnp.zeros((), jnp.int32), jnp.ones((), bool))
-    search = _turn(search, jnp.broadcast_to(logits, (beams, vocab)), stop, penalty)
+    search = _turn(search, jnp.broadcast_to(logits, (beams, vocab)), stop, penalty, ruling)
 
     def going(search: Search):
         at_most = _at_most(search.live.total, search.made, limit, penalty)
@@ -146,33 +159,57 @@ def _search(model, params, cache: Cache, logits, stop, penalty, limit, *, new: i
     def body(search: Search) -> Search:
         newest = jax.lax.dynamic_index_in_dim(search.live.tokens, search.made - 1, axis=1)
         logits, cache = cached(model, params, newest, None, search.cache)
-        return _turn(replace(search, cache=cache), logits, stop, penalty)
+        return _turn(replace(search, cache=cache), logits, stop, penalty, ruling)
 
     search = jax.lax.while_loop(going, body, search)
     whole = replace(search.live, total=jnp.where(search.made == limit, search.live.total, -jnp.inf))
     found = _best(search.ended, whole, penalty)
     last = jnp.take_along_axis(found.tokens, jnp.maximum(found.lengths - 1, 0)[:, None], axis=1)
     met = ((last == stop[None]) & (last >= 0)).any(1)
-    reason = jnp.where(search.finite, jnp.where(met, STOP_TOKEN, LIMIT), NOT_FINITE).astype(jnp.int32)
+    reason = jnp.where(met, STOP_TOKEN, LIMIT)
+    if not ruling.none:
+        whole = complete(ruling, jnp.zeros(beams, jnp.int32), _each(stop, beams), found.ruled)
+        there = found.total > -jnp.inf
+        reason = jnp.where(whole | ~there, COMPLETE, reason)
+        found = replace(
+            found,
+            tokens=jnp.where(there[:, None], found.tokens, -1),
+            logprobs=jnp.where(there[:, None], found.logprobs, 0.0),
+            lengths=jnp.where(there, found.lengths, 0),
+        )
+    reason = jnp.where(search.finite, reason, NOT_FINITE).astype(jnp.int32)
     found = replace(found, lengths=jnp.where(search.finite, found.lengths, search.made - 1))
     return release(search.cache), found, _score(found, penalty), reason
 
 
-def _turn(search: Search, logits: Float[Array, "beams vocab"], stop: Int[Array, "stops"], penalty) -> Search:
+def _turn(
+    search: Search, logits: Float[Array, "beams vocab"], stop: Int[Array, "stops"], penalty, ruling: Grammars
+) -> Search:
     """Continue every live hypothesis by every token, from the logits after each."""
     live, (beams, vocab) = search.live, logits.shape
     logits = logits.astype(jnp.float32)
     logprobs = jax.nn.log_softmax(logits, axis=-1)  # never above 0, rounding included, as `_at_most` needs
+    if not ruling.none:
+        which = jnp.zeros(beams, jnp.int32)
+        logprobs = jnp.where(allowed(ruling, which, _each(stop, beams), live.ruled), logprobs, -jnp.inf)
     ending = jnp.where(stop[None] >= 0, jnp.take(logprobs, jnp.maximum(stop, 0), axis=1), -jnp.inf)
     parents = jnp.repeat(jnp.arange(beams), stop.shape[0])
-    ended = _grown(live, parents, jnp.tile(stop, beams), ending.reshape(-1), search.made)
+    ended = _grown(live, parents, jnp.tile(stop, beams), ending.reshape(-1), search.made, ruling)
+    pool = _best(search.ended, ended, penalty)
     staying = logprobs.at[:, jnp.where(stop < 0, vocab, stop)].set(-jnp.inf, mode="drop")
+    if not ruling.none:  # without a stop token a text ends where nothing can follow
+        to = targets(ruling, which, live.ruled)
+        whole = (to >= 0) & ruling.done[jnp.maximum(to, 0)] & (stop < 0).all()
+        sums, chosen = jax.lax.top_k(jnp.where(whole, live.total[:, None] + staying, -jnp.inf).reshape(-1), beams)
+        added = jnp.where(sums > -jnp.inf, staying.reshape(-1)[chosen], -jnp.inf)
+        ended = _grown(live, chosen // vocab, chosen % vocab, added, search.made, ruling)
+        pool, staying = _best(pool, ended, penalty), jnp.where(whole, -jnp.inf, staying)
     _, chosen = jax.lax.top_k((live.total[:, None] + staying).reshape(-1), beams)
     parents, token = chosen // vocab, chosen % vocab
     return Search(
         cache=fork(search.cache, parents),
-        live=_grown(live, parents, token, staying.reshape(-1)[chosen], search.made),
-        ended=_best(search.ended, ended, penalty),
+        live=_grown(live, parents, token, staying.reshape(-1)[chosen], search.made, ruling),
+        ended=pool,
         made=search.made + 1,
         finite=jnp.isfinite(logits).all(),
     )
@@ -184,18 +221,26 @@ def _grown(
     token: Int[Array, "count"],
     logprob: Float[Array, "count"],
     at: Int[Array, ""],
+    ruling: Grammars,
 ) -> Hypotheses:
     """Hypotheses `parents` of `old`, each with one token more, at index `at`."""
-    tokens, logprobs, lengths, total = (
-        jnp.take(x, parents, axis=0) for x in (old.tokens, old.logprobs, old.lengths, old.total)
+    tokens, logprobs, lengths, total, ruled = (
+        jnp.take(x, parents, axis=0) for x in (old.tokens, old.logprobs, old.lengths, old.total, old.ruled)
     )
+    if not ruling.none:
+        ruled = follow(ruling, jnp.zeros_like(ruled), ruled, jnp.maximum(token, 0))
     here = (jnp.arange(tokens.shape[1]) == at)[None]
     return Hypotheses(
         tokens=jnp.where(here, token[:, None], tokens),
         logprobs=jnp.where(here, logprob[:, None], logprobs),
         lengths=lengths + 1,
         total=total + logprob,
+        ruled=ruled,
     )
+
+
+def _each(stop: Int[Array, "stops"], beams: int) -> Int[Array, "beams stops"]:
+    return jnp.broadcast_to(stop[None], (beams, stop.shape[0]))
 
 
 def _best(pool: Hypotheses, more: Hypotheses, penalty: Float[Array, ""]) -> Hypotheses:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from kvjax.decode.grammars import allowed
 from kvjax.decode.sampling import Rules
 
 Logits = Float[Array, "batch vocab"]
@@ -18,13 +19,17 @@ def choose(
     made: Int[Array, "batch"],
     seen: Bool[Array, "batch vocab"],
     counts: Int[Array, "batch vocab"],
+    ruled: Int[Array, "batch"] | None = None,
 ) -> Int[Array, "batch"]:
     """Choose each row's next token from float32 logits.
 
     The draw depends on the row's key and the token's `positions`, and on nothing else in the batch.
     `made` counts the tokens that a row has; `seen` marks those of prompt and output, `counts` those of the output.
+    `ruled` is each row's state in its grammar; without it grammars are left aside.
     """
     logits = penalise(logits, rules, seen, counts)
+    if ruled is not None and not rules.grammars.none:
+        logits = jnp.where(allowed(rules.grammars, rules.grammar, rules.stop, ruled), logits, -jnp.inf)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     drawn = jax.lax.cond(
         (rules.temperature > 0).any(), lambda: _draw(logits, rules, positions), lambda: jnp.zeros_like(best)

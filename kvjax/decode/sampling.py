@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 
 import jax
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt32
 
+from kvjax.decode.grammars import Grammars, pack
 from kvjax.decode.stops import Automaton, compile_stops
+from kvjax.grammar.grammar import Grammar, digest_of
 from kvjax.pytree import pytree
 
 
@@ -36,6 +38,8 @@ class Sampling:
         stop_strings: texts that end the row once the output holds one; needs `tokenizer` in the call.
         seed: stands for the row's index in its random stream, so that a row draws the same in any place.
         limit: at most this many tokens for the row; None leaves it to the call's `max_new`.
+        grammar: what the row's text may be, by `kvjax.grammar`. The row's `stop` tokens may come where the text is
+            whole, and only there; without any the row ends once its text is whole and nothing can follow.
     """
 
     temperature: float = 0.0
@@ -52,6 +56,7 @@ class Sampling:
     stop_strings: Sequence[str] = ()
     seed: int | None = None
     limit: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self):
         def need(good: bool, name: str, expected: str):
@@ -76,6 +81,7 @@ class Sampling:
         need(not isinstance(self.stop_strings, str), "stop_strings", "a sequence of texts, not one text")
         need(all(self.stop_strings), "stop_strings", "free of empty texts")
         need(self.seed is None or 0 <= self.seed < 2**32, "seed", "None or in [0, 2**32)")
+        need(isinstance(self.grammar, Grammar | None), "grammar", "None or one of kvjax.grammar's")
         need(self.limit is None or self.limit >= 1, "limit", "None or at least 1")
 
 
@@ -105,6 +111,8 @@ class Rules:
     limit: Int[Array, "batch"]
     keys: Key[Array, "batch"]
     automaton: Automaton
+    grammar: Int[Array, "batch"]
+    grammars: Grammars
 
 
 def rules(
@@ -120,7 +128,8 @@ def rules(
 
     Raises:
         ValueError: for another number of settings than rows, an id outside the vocabulary, a row that
-            samples without a `key`, or stop strings without a tokenizer.
+            samples without a `key`, stop strings without a tokenizer, or a grammar that is of another vocabulary, has
+            no text that the row's other settings allow, or none as short as its limit.
     """
     rows = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
     if wrong := [row for row in rows if not isinstance(row, Sampling)]:
@@ -141,6 +150,8 @@ def rules(
     biases = [{**row.bias, **dict.fromkeys(row.banned, -np.inf)} for row in rows]
     if any(sum(value == -np.inf for value in bias.values()) >= vocab for bias in biases):
         raise ValueError(f"Sampling: `banned` must leave a token, but all {vocab} of the vocabulary are")
+    rows = [fitted(row, vocab, max_new, tokenizer) for row in rows]
+    which, grammars = pack([row.grammar for row in rows], vocab)
     strings, automaton = compile_stops([row.stop_strings for row in rows], vocab, tokenizer)
     seeds = np.array([i if row.seed is None else row.seed for i, row in enumerate(rows)], np.uint32)
     root = jax.random.key(0) if key is None else key
@@ -155,7 +166,42 @@ def rules(
         limit=jnp.asarray(np.array([min(row.limit or max_new, max_new) for row in rows], np.int32)),
         keys=_row_keys(root, jnp.asarray(seeds)),
         automaton=automaton,
+        grammar=jnp.asarray(which),
+        grammars=grammars,
     )
+
+
+def fitted(row: Sampling, vocab: int, max_new: int, tokenizer) -> Sampling:
+    """A row in whose grammar, if it has one, its banned and its stop tokens spell nothing, and no banned one stops.
+
+    Raises:
+        ValueError: for a grammar that `rules` refuses.
+    """
+    if row.grammar is None:
+        return row
+    grammar = row.grammar
+    known = len(grammar.classes)
+    if known > vocab or 2 * known < vocab:
+        raise ValueError(f"Sampling: `grammar` was made for another vocabulary: it has {known} ids, the model {vocab}")
+    if tokenizer is not None and digest_of(tokenizer.token_bytes()) != grammar.vocabulary:
+        raise ValueError("Sampling: `grammar` was made with another tokenizer than the call's")
+    banned = {*row.banned, *(i for i, value in row.bias.items() if value == -np.inf)}
+    stop = [i for i in row.stop if i not in banned]
+    grammar = grammar.without(banned | set(stop))
+    state, forced, ended = 0, [int(i) for i in row.forced], False
+    for i, token in enumerate(forced):
+        if ended:
+            break
+        ended = token in stop and bool(grammar.accepts[state])
+        if not ended:
+            try:
+                state = grammar.state(forced[: i + 1])
+            except ValueError as error:
+                raise ValueError(f"Sampling: `forced` must stay within the grammar: {error}") from error
+    least, limit = len(forced) + int(grammar.least[state]), min(row.limit or max_new, max_new)
+    if not ended and least > limit:
+        raise ValueError(f"Sampling: `grammar` has no text of fewer than {least} tokens, but the row may have {limit}")
+    return replace(row, grammar=grammar, stop=stop)
 
 
 @jax.jit

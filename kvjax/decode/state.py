@@ -12,13 +12,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.base import Cache
 from kvjax.decode.choose import choose
+from kvjax.decode.grammars import complete
+from kvjax.decode.grammars import follow as ruled_after
 from kvjax.decode.sampling import Rules
 from kvjax.model import Params, Transformer, cached
 from kvjax.pytree import pytree
 
-RUNNING, LIMIT, STOP_TOKEN, STOP_STRING, NOT_FINITE = range(5)
-REASONS = ("running", "limit", "stop token", "stop string", "not finite")
-"""Why a row ended, by its number in `State.reason`."""
+RUNNING, LIMIT, STOP_TOKEN, STOP_STRING, NOT_FINITE, COMPLETE = range(6)
+REASONS = ("running", "limit", "stop token", "stop string", "not finite", "grammar complete")
+"""Why a row ended, by its number in `State.reason`.
+
+With a grammar, "stop token" and "grammar complete" say that the text is whole: the second where there is no stop token.
+"""
 
 
 @pytree
@@ -27,6 +32,8 @@ class State:
 
     `tokens` and `logprobs` fill from the left, -1 and 0 past a row's `lengths`; `logprobs` are of the
     model's own distribution, before penalties and filters, in nats. `step` counts the loop's turns.
+    `matched` and `ruled` are where stop strings and grammar stand: the second is `Grammar.state` of a row's tokens,
+    without a stop token.
     """
 
     cache: Cache
@@ -39,6 +46,7 @@ class State:
     seen: Bool[Array, "batch vocab"]
     counts: Int[Array, "batch vocab"]
     matched: Int[Array, "batch"]
+    ruled: Int[Array, "batch"]
 
     @property
     def running(self) -> Bool[Array, "batch"]:
@@ -63,6 +71,7 @@ def begin(cache: Cache, pending: Int[Array, "batch"], seen: Bool[Array, "batch v
         seen=seen,
         counts=zeros(seen.shape),
         matched=zeros(batch),
+        ruled=zeros(batch),
     )
 
 
@@ -87,7 +96,7 @@ def emit_at(
     finite = jnp.isfinite(logits).all(-1)
     running = state.running & wanted
     active = running & finite
-    token = choose(logits, rules, positions, state.lengths, state.seen, state.counts)
+    token = choose(logits, rules, positions, state.lengths, state.seen, state.counts, state.ruled)
     logprob = jnp.take_along_axis(logits, token[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
     here = (jnp.arange(state.tokens.shape[1])[None] == state.lengths[:, None]) & active[:, None]
     rows = jnp.arange(token.shape[0])
@@ -95,6 +104,10 @@ def emit_at(
     matched, met = follow(state.matched, rules, token)
     reason = jnp.where(lengths >= rules.limit, LIMIT, RUNNING)
     reason = jnp.where(met, STOP_STRING, reason)
+    ruled = state.ruled
+    if not rules.grammars.none:
+        ruled = jnp.where(active, ruled_after(rules.grammars, rules.grammar, ruled, token), ruled)
+        reason = jnp.where(complete(rules.grammars, rules.grammar, rules.stop, ruled), COMPLETE, reason)
     reason = jnp.where((token[:, None] == rules.stop).any(-1), STOP_TOKEN, reason)
     return replace(
         state,
@@ -106,6 +119,7 @@ def emit_at(
         seen=state.seen.at[rows, token].max(active),
         counts=state.counts.at[rows, token].add(active.astype(jnp.int32)),
         matched=jnp.where(active, matched, state.matched),
+        ruled=ruled,
     )
 
 

@@ -22,6 +22,7 @@ class View:
         seen, counts: which tokens prompt and output have, and how often the output has each.
         hidden, fresh: for a draft whose `wants_hidden` is true, what the target's head saw at each row's `fresh` tokens
             before its newest, those that were checked since the draft last looked. None of the prompt but its last.
+        ruled: each row's state in its grammar, for `choose`.
     """
 
     text: Int[Array, "batch size"]
@@ -34,6 +35,7 @@ class View:
     rules: Rules
     hidden: Float[Array, "batch checked hidden"] | None = None
     fresh: Int[Array, "batch"] | None = None
+    ruled: Int[Array, "batch"] | None = None
 
 
 @runtime_checkable

@@ -105,4 +105,5 @@ def view_of(spec: Speculation, rules: Rules) -> View:
         rules=rules,
         hidden=spec.hidden,
         fresh=spec.fresh,
+        ruled=state.ruled,
     )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.config import ModelConfig
 from kvjax.decode.choose import choose
+from kvjax.decode.grammars import follow
 from kvjax.draft.base import View
 from kvjax.product import product
 
@@ -46,16 +47,18 @@ class InTurn:
         logits, own = self._caught_up(own, view, able & (want > 0))
 
         def guess_one(carry: tuple[Any, ...]):
-            i, logits, guess, own = carry
-            token = choose(logits, view.rules, view.position + i, view.made + i, view.seen, view.counts)
+            i, logits, guess, own, ruled = carry
+            token = choose(logits, view.rules, view.position + i, view.made + i, view.seen, view.counts, ruled)
+            if ruled is not None and not view.rules.grammars.none:
+                ruled = follow(view.rules.grammars, view.rules.grammar, ruled, token)
             guess = jax.lax.dynamic_update_slice_in_dim(guess, token[:, None], i, axis=1)
             logits, own = self.feed(own, token, (able & (i + 1 < want)).astype(jnp.int32))
-            return i + 1, logits, guess, own
+            return i + 1, logits, guess, own, ruled
 
         guess = jnp.full((view.length.shape[0], self.k), -1, jnp.int32)
-        start = jnp.zeros((), jnp.int32), logits, guess, own
+        start = jnp.zeros((), jnp.int32), logits, guess, own, view.ruled
         going = partial(_any_left, want=jnp.where(able.any(), want, 0))
-        _, _, guess, own = jax.lax.while_loop(going, guess_one, start)
+        _, _, guess, own, _ = jax.lax.while_loop(going, guess_one, start)
         return guess, jnp.where(able, want, 0), own
 
     def _caught_up(self: Any, own: Any, view: View, able: Bool[Array, "batch"]):

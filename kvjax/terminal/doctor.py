@@ -36,6 +36,7 @@ OPTIONAL = {
     "pytest": "pip install -e '.[test]'",
     "beartype": "pip install -e '.[test]'",
     "hypothesis": "pip install -e '.[test]'",
+    "outlines-core": "pip install -e '.[grammar]'",
     "torch": "pip install -e '.[peers]'",
     "transformers": "pip install -e '.[peers]'",
     "llama-cpp-python": "pip install -e '.[peers]'",

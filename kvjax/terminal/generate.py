@@ -12,7 +12,17 @@ import kvjax
 from kvjax.cli import Generate
 from kvjax.terminal.answer import Answer, speak
 from kvjax.terminal.interrupt import insisting
-from kvjax.terminal.session import Session, announce, new_cache, open_session, parse_draft, room_for, sampling
+from kvjax.terminal.session import (
+    Session,
+    announce,
+    new_cache,
+    open_session,
+    parse_draft,
+    parse_grammar,
+    room_for,
+    sampling,
+)
+from kvjax.terminal.several import answer_several, check_several
 from kvjax.terminal.status import dimmed, size, status
 
 
@@ -21,13 +31,19 @@ def run(command: Generate) -> int:
     prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
     if not prompt:
         raise ValueError("the prompt is empty" + (" (nothing came on standard input)" if command.prompt == "-" else ""))
+    if command.n != 1 or command.beam:
+        check_several(command)
     make = parse_draft(command.draft) if command.draft else None
+    compiled = parse_grammar(command.schema, command.regex)
     session = open_session(command.where)
     draft = None if make is None else make(session)
     ids = _encode(session, prompt, command.raw)
     capacity = room_for(session, command.where, len(ids), command.max_new)
     cache = new_cache(session, capacity)
     held = kvjax.nbytes(cache)
+    grammar = None if compiled is None else compiled(session.tokenizer)
+    if command.n != 1 or command.beam:
+        return answer_several(command, session, cache, ids, grammar)
     decode = kvjax.stream if draft is None else partial(kvjax.draft.stream, draft=draft)
     steps = decode(
         session.model,
@@ -36,7 +52,7 @@ def run(command: Generate) -> int:
         [ids],
         max_new=command.max_new,
         key=jax.random.key(command.choice.seed),
-        sampling=sampling(command.choice, session.tokenizer),
+        sampling=sampling(command.choice, session.tokenizer, grammar),
         tokenizer=session.tokenizer,
     )
     with insisting() as check, status() as show:
@@ -68,6 +84,7 @@ def figures(answer: Answer, session: Session, cache_bytes: int, prompt_tokens: i
         "load_s": session.load_s,
         "first_token_s": answer.first_s,
         "ms_per_token": answer.ms_per_token,
+        "tokens_per_s": None if answer.ms_per_token is None else 1e3 / answer.ms_per_token,
         "cache_bytes": cache_bytes,
     } | ({} if how is None else {"proposed": int(how.proposed[0]), "accepted": int(how.accepted[0])})
 
@@ -78,7 +95,7 @@ def summary(report: dict) -> str:
     parts = [
         f"{report['new_tokens']} tokens",
         f"first after {report['first_token_s']:.2f} s (and {report['load_s']:.2f} s of loading)",
-        "-" if pace is None else f"{pace:.1f} ms a token",
+        "-" if pace is None else f"{pace:.1f} ms a token, {report['tokens_per_s']:.1f} tokens/s",
         *([f"{report['accepted']} of {report['proposed']} guesses right"] if "proposed" in report else []),
         f"cache {size(report['cache_bytes'])}",
         f"ended by {report['reason']}",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from kvjax.compiler import persist
 from kvjax.decode import Sampling
 from kvjax.draft import Draft, DraftModel, PromptLookup, load_draft
 from kvjax.draft.kept import draft_kind
+from kvjax.grammar import Grammar, json_schema, regex
 from kvjax.model import Params, Transformer
 from kvjax.paths import cache_dir
 from kvjax.terminal.interrupt import insisting
@@ -118,7 +121,31 @@ def parse_draft(text: str) -> Callable[[Session], Draft]:
     return lambda session: load_draft(path, session.model, session.params, **chosen)
 
 
-def sampling(choice: Choice, tokenizer: Tokenizer) -> Sampling:
+def parse_grammar(schema: str, pattern: str) -> Callable[[Tokenizer], Grammar] | None:
+    """What makes the grammar of `--schema` or `--regex` for a tokenizer; None without either.
+
+    Raises:
+        ValueError: for both at once, or a schema that is neither JSON nor a file of it.
+    """
+    if schema and pattern:
+        raise ValueError("--schema and --regex: give one of them")
+    if not schema:
+        return partial(regex, pattern) if pattern else None
+    text = schema if schema.lstrip().startswith(("{", "true", "false")) else _read(schema)
+    try:
+        return partial(json_schema, json.loads(text))
+    except ValueError as error:
+        raise ValueError(f"--schema: expected JSON, or a file of it, got {schema!r:.60}: {error}") from error
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--schema: {path!r:.60} is no schema, and cannot be read as a file: {error}") from error
+
+
+def sampling(choice: Choice, tokenizer: Tokenizer, grammar: Grammar | None = None) -> Sampling:
     """One row's rules: the command's, and the model's own ends."""
     return Sampling(
         temperature=choice.temperature,
@@ -131,6 +158,7 @@ def sampling(choice: Choice, tokenizer: Tokenizer) -> Sampling:
         stop=tokenizer.stop_ids,
         stop_strings=choice.stop,
         seed=choice.seed,
+        grammar=grammar,
     )
 
 

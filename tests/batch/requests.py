@@ -35,7 +35,7 @@ def several(seed: int, count: int, prefix: int = 0) -> list[Request]:
     return made
 
 
-def alone(request: Request, number: int, strategy=None) -> tuple[list[int], str]:
+def alone(request: Request, number: int, strategy=None, tokenizer=None) -> tuple[list[int], str]:
     """Tokens and reason of `generate` with the request by itself, as the `number`-th of its serve."""
     model, params = tiny()
     sampling = request.sampling
@@ -50,6 +50,6 @@ def alone(request: Request, number: int, strategy=None) -> tuple[list[int], str]
         max_new=request.max_new,
         key=KEY,
         sampling=sampling,
-        tokenizer=bytes_tokenizer(),
+        tokenizer=tokenizer or bytes_tokenizer(),
     )
     return out.tokens[0, : int(out.lengths[0])].tolist(), kvjax.decode.REASONS[int(out.reason[0])]

@@ -13,9 +13,12 @@ from kvjax import Precision, Sampling, batch
 from kvjax.batch import Cancel, Request, Settings, steps
 from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared
 from kvjax.cache.prefix import POLICIES
+from kvjax.decode.grammars import table_bytes
 from kvjax.draft import DraftModel, PromptLookup
+from kvjax.grammar import regex
 from tests.batch.requests import CAPACITY, KEY, MAX_NEW, alone, several
 from tests.compiles import Compiles
+from tests.grammar.expressions import small_tokenizer
 from tests.tiny import tiny
 from tests.tiny_model import bytes_tokenizer
 
@@ -44,10 +47,10 @@ def served(serving, requests, **how):
             return {r.name: r for r in results}, end.value
 
 
-def right(results, requests, strategy=None):
+def right(results, requests, strategy=None, tokenizer=None):
     for number, request in enumerate(requests):
         result = results[request.name]
-        assert (result.tokens, result.reason) == alone(request, number, strategy), request
+        assert (result.tokens, result.reason) == alone(request, number, strategy, tokenizer), request
 
 
 def all_free(serving):
@@ -94,6 +97,55 @@ def test_with_guesses(draft):
     if draft == "model":  # it is the target itself: what it has kept of a row's last request would make it wrong
         plain = [results[r.name] for r in requests if r.sampling == Sampling() and r.speculate]
         assert len(plain) > 1 and all(r.accepted == r.proposed for r in plain)
+
+
+SMALL_WORDS = small_tokenizer()
+PAIRS, LETTERS, ENDED = (regex(text, SMALL_WORDS) for text in ("(ab|cd){6,9}", "[a-c]{2}(d[a-c]{1,3})*", "a?b?c"))
+
+
+@pytest.mark.parametrize("preempt", ["recompute", "offload"])
+@pytest.mark.parametrize("draft", [None, PromptLookup(k=3, shortest=1)], ids=["plain", "guesses"])
+def test_grammars_of_rows(preempt, draft):
+    """Rows with grammars, some the same, beside rows without any, leave and come back."""
+    grammars = (PAIRS, None, LETTERS, None, ENDED, PAIRS, LETTERS)
+    requests = [
+        Request(r.name, r.tokens, 16, Sampling(temperature=float(i % 2), grammar=grammars[i % 7]))
+        for i, r in enumerate(several(6, 14))
+    ]
+    results, after = served(
+        opened(preempt=preempt, draft=draft, costs=None if draft is None else [1.0] * 3, tokenizer=SMALL_WORDS),
+        requests,
+    )
+    right(results, requests, tokenizer=SMALL_WORDS)
+    assert sum(r.parked for r in results.values()) > 0
+    assert {r.reason for r in results.values()} == {"grammar complete", "limit"}
+    for request in requests:
+        if request.sampling.grammar is not None:
+            request.sampling.grammar.state(results[request.name].tokens)
+    plain, after = served(after, [Request(n, [n, 1], 2) for n in range(3)])  # the last clears the tables away
+    assert after.slots.rules.grammars.none and len(plain) == 3
+    all_free(after)
+
+
+def test_a_grammar_no_request_can_keep_is_refused_alone(unchecked):
+    long = Request("long", [3], 2, Sampling(grammar=PAIRS))
+    other = Request("other", [3], 8, Sampling(grammar=regex("a+", bytes_tokenizer())))
+    good = Request(2, [3, 4], 12, Sampling(grammar=PAIRS))
+    results, _ = served(opened(Dense(), tokenizer=SMALL_WORDS), [long, other, good])
+    assert "no text of fewer than 6 tokens, but the row may have 2" in results["long"].error
+    assert "another vocabulary" in results["other"].error
+    assert (results[2].tokens, results[2].reason) == alone(good, 2, tokenizer=SMALL_WORDS)
+
+
+def test_grammars_too_large_together_wait_for_each_other(monkeypatch):
+    most = table_bytes([PAIRS, LETTERS], 61)
+    for module in (batch.serving, kvjax.decode.grammars):
+        monkeypatch.setattr(module, "MOST_BYTES", most)
+    requests = [Request(i, [i, 5], 9, Sampling(grammar=g)) for i, g in enumerate([PAIRS, LETTERS, ENDED, PAIRS])]
+    assert table_bytes([PAIRS, LETTERS, ENDED], 61) > most
+    results, after = served(opened(Dense(), tokenizer=SMALL_WORDS), requests)
+    right(results, requests, tokenizer=SMALL_WORDS)
+    all_free(after)
 
 
 def test_priority_takes_a_row_and_gives_it_back():

@@ -13,6 +13,7 @@ import kvjax
 from kvjax.cache import Dense, Paged, Quantized
 from kvjax.decode import REASONS
 from kvjax.decode.beam import PAGE, _at_most, _search
+from kvjax.decode.grammars import pack
 from kvjax.decode.spread import spread
 from tests.compiles import Compiles
 from tests.tiny import LLAMA, prompts, tiny
@@ -200,7 +201,7 @@ def test_beams_change_places_without_moving_keys():
     prompt = Dense().init(model, batch=1, capacity=8192)
     cache = spread(model, prompt, 4, 4096, Paged(PAGE, 4 * 4096 // PAGE + 2))
     numbers = jnp.array([3], jnp.int32), jnp.float32(1.0), jnp.int32(16)
-    program = _search.lower(model, params, cache, jnp.zeros((1, 61)), *numbers, new=16).compile()
+    program = _search.lower(model, params, cache, jnp.zeros((1, 61)), *numbers, pack([None], 61)[1], new=16).compile()
     memory, text, layer = program.memory_analysis(), program.as_text(), cache.layers[0]
     assert memory.alias_size_in_bytes >= kvjax.nbytes(cache.layers)
     for buffer in (layer.inner.k, layer.prefix.k):

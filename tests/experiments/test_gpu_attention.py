@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments import gpu_attention, gpu_timing
 from experiments.gpu_attention import KERNELS, Config
+from kernels.packed import attend_packed
+from kernels.reference import Mask
 from kvjax import cli
 
 SMALL = Config(("2x64",), ("cuDNN", "einsum"), heads=4, kv_heads=2, head_dim=32, dtype="float32", calls=2, turns=2)
@@ -35,6 +39,7 @@ def clock(monkeypatch):
 
 
 _cudnn = KERNELS["cuDNN"]
+_int2 = KERNELS["kvjax int2"]
 
 
 def test_kernels_take_turns_on_inputs_that_are_not_in_cache(clock):
@@ -53,6 +58,22 @@ def test_a_wrong_kernel_is_refused(clock, monkeypatch):
     monkeypatch.setitem(KERNELS, "einsum", lambda *_: (arrange, lambda q, k, v: 1.02 * call(q, k, v)))
     with pytest.raises(RuntimeError, match="at 2x64 expected relative errors below 0.01, got {'einsum'"):
         gpu_attention.run(SMALL, lambda doing, done: None)
+
+
+def test_codes_count_with_their_scales_and_are_held_against_what_they_stand_for(clock, monkeypatch):
+    def by_reference(*args):
+        def call(q, k, v, at, slots, work):
+            return attend_packed(q, k, v, at, slots, Mask(64**-0.5))[0]
+
+        return _int2(*args)[0], call
+
+    monkeypatch.setitem(KERNELS, "kvjax int2", by_reference)
+    config = replace(SMALL, kernels=("einsum", "kvjax int2"), head_dim=64)
+    _, row = gpu_attention.run(config, lambda doing, done: None)
+    assert (row["kernel"], row["dtype"]) == ("kvjax", "int2") and row["error"] < 1e-5
+    size = 2 * 2 * 64 * 2 * (64 // 4 + 2)
+    assert row["share_of_ceiling"] == pytest.approx(size / 1e9 / 200e-6)
+    assert all(len(inputs) * size >= 200_000 for inputs in clock)
 
 
 def test_settings_are_checked():

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 import kvjax
-from kvjax import cli
+from kvjax import Sampling, cli
+from kvjax.cache import Dense
 from tests.terminal.processes import call, environment, start
 from tests.tiny_model import bytes_tokenizer
 
@@ -73,6 +76,46 @@ def test_generate_cuts_at_a_stop_text(generate, model):
     assert generate(*args)[1] == result["text"] + "\n"
 
 
+def test_several_answers_are_those_of_sample_n_and_beam(generate, model):
+    net, params, tokenizer = kvjax.load(model)
+    ids = tokenizer.encode("Hello")
+
+    def cache():
+        return Dense().init(net, batch=1, capacity=64)
+
+    args = ("Hello", "--raw", "--max-new", "9")
+    result = parsed(generate(*args, "--n", "3", "--temperature", "0.9", "--top-k", "5", "--seed", "4", "--json"))
+    rules = Sampling(temperature=0.9, top_k=5, seed=4, stop=tokenizer.stop_ids)
+    key = jax.random.key(4)
+    out = kvjax.sample_n(
+        net, params, cache(), [ids], n=3, max_new=9, key=key, sampling=rules, tokenizer=tokenizer, capacity=9
+    )
+    wanted = [row[:n].tolist() for row, n in zip(np.asarray(out.tokens), out.lengths, strict=True)]
+    assert [answer["tokens"] for answer in result["answers"]] == wanted and len(set(map(tuple, wanted))) > 1
+    assert result["new_tokens"] == sum(map(len, wanted)) and result["tokens_per_s"] > 0
+    beams = parsed(generate(*args, "--beam", "4", "--n", "2", "--json"))["answers"]
+    out = kvjax.beam(net, params, cache(), [ids], beams=4, max_new=9, stop=tokenizer.stop_ids)
+    assert [answer["tokens"] for answer in beams] == [
+        np.asarray(out.tokens)[i, : out.lengths[i]].tolist() for i in (0, 1)
+    ]
+    code, text, err = generate(*args, "--beam", "4")
+    assert code == 0 and text.startswith("[1] ") and beams[0]["text"] in text and "1 answers" in err
+
+
+def test_an_answer_keeps_to_a_schema(generate, tmp_path):
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22, "x"]}}, "required": ["n"]}
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    for how in (
+        ("--schema", str(tmp_path / "s.json")),
+        ("--schema", json.dumps(schema)),
+        ("--schema", json.dumps(schema), "--draft", "lookup"),
+    ):
+        answer = parsed(generate("Hello", "--raw", "--max-new", "40", "--json", *how))
+        assert json.loads(answer["text"])["n"] in (1, 22, "x")
+    answer = parsed(generate("Hello", "--raw", "--max-new", "9", "--json", "--regex", "(ab|ba){2}"))
+    assert answer["text"] in ("abab", "abba", "baab", "baba")
+
+
 def test_generate_samples_by_seed_and_other_caches(generate, model):
     def tokens(*args):
         return parsed(generate("Hello", "--max-new", "12", "--json", "--raw", *args))["tokens"]
@@ -96,6 +139,15 @@ BAD = {
     "prompt beyond the capacity": (["generate", "x" * 40, "--capacity", "32"], "--capacity is 32"),
     "max-new beyond the model": (["generate", "x", "--max-new", "100000"], "65536: give --max-new"),
     "max-new of nothing": (["generate", "x", "--max-new", "0"], "`max_new` must be at least 1"),
+    "n without a temperature": (["generate", "x", "--n", "2"], "--n without a --temperature"),
+    "n of nothing": (["generate", "x", "--n", "0"], "--n must be at least 1"),
+    "more answers than beams": (["generate", "x", "--n", "3", "--beam", "2"], "at most the --beam's 2"),
+    "a beam that samples": (["generate", "x", "--beam", "2", "--temperature", "1"], "leave out --temperature"),
+    "a draft for several": (["generate", "x", "--beam", "2", "--draft", "lookup"], "leave it out with --n or --beam"),
+    "schema and regex": (["generate", "x", "--schema", "{}", "--regex", "a"], "give one of them"),
+    "no schema": (["generate", "x", "--schema", "/nowhere"], "cannot be read as a file"),
+    "bad schema": (["generate", "x", "--schema", "{"], "--schema: expected JSON"),
+    "impossible schema": (["generate", "x", "--schema", '{"type": "number", "oneOf": []}'], "oneOf"),
     "bad temperature": (["generate", "x", "--temperature", "-1"], "`temperature` must be finite and at least 0"),
     "no such config": (["experiment", "nothing"], "'nothing' is no file"),
 }

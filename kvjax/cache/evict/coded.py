@@ -142,7 +142,7 @@ class CodedLayer(ByHead):
         size = min(BLOCK, body.shape[1])
         turned = q.astype(jnp.float32) @ rotation(q.shape[-1])
 
-        def load(first):
+        def load(first, _):
             return self.k_codes.cut(first, size), self.v_codes.cut(first, size)
 
         out, lse = attend_blocks(turned, body, load, size, positions, mask)
