@@ -66,14 +66,14 @@ def alike(out, free):
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 def test_the_right_branch_is_kept_and_nothing_of_the_others(cache, sampling):
     one = {"lengths": None, "tokens": TOKENS[:, :1]} if cache in CHUNKED else {}
-    settings = {"max_new": 24, "key": KEY, "sampling": SETTINGS[sampling], **one}
+    settings = {"max_new": 16, "key": KEY, "sampling": SETTINGS[sampling], **one}
     free = run(kvjax.generate, cache, **settings)
-    out = run(speculate, cache, draft=Crown(told(free, wrong=[5, 99, 17])), costs=[1.0] * 4, **settings)
+    out = run(speculate, cache, draft=Crown(told(free, wrong=[5, 99, 11])), costs=[1.0] * 4, **settings)
     same(out, free)
-    assert (np.asarray(out.speculated.accepted) >= [3, 12, 8]).all()
+    assert (np.asarray(out.speculated.accepted) >= [2, 8, 5]).all()
     if "Paged" not in cache:
         alike(out, free)
-    rest = [kvjax.generate(*tiny(), o.cache, o.last, max_new=6) for o in (out, free)]
+    rest = [kvjax.generate(*tiny(), o.cache, o.last, max_new=4) for o in (out, free)]
     same(*rest)
 
 
