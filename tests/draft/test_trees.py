@@ -125,6 +125,20 @@ def test_an_end_inside_a_branch(at):
     assert out.cache.length.tolist() == free.cache.length.tolist()
 
 
+def test_parents_that_come_later_lose_speed_and_no_token():
+    @pytree
+    class Backwards(Crown):
+        def propose(self, own, view, want):
+            right, count, _ = self.told.propose(None, view, jnp.int32(3))
+            guess = jnp.concatenate([right[:, 1:], right[:, :1]], axis=1)
+            guess = jnp.pad(guess, ((0, 0), (0, 4)))
+            parent = jnp.array([2, 0, -1, 9, -5, 6, 5], jnp.int32)
+            return Tree(guess, jnp.tile(parent[None], (guess.shape[0], 1))), jnp.where(want > 0, count, 0), None
+
+    free = run(kvjax.generate, max_new=24)
+    same(run(speculate, draft=Backwards(told(free)), costs=[1.0] * 4, max_new=24), free)
+
+
 def test_equal_beginnings_are_merged():
     blank = jnp.full((1, 9), -1, jnp.int32)
     tree, count = Tree(blank, blank), jnp.zeros(1, jnp.int32)
