@@ -343,7 +343,7 @@ def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[in
     guess, count, own = draft.propose(own, view, want)
     parent, hope, deep = None, chain, nth + 1
     if spec.parent is not None:
-        guess, parent = guess.guess, guess.parent
+        guess, parent = guess.guess, jnp.clip(guess.parent, -1, nth - 1)  # or a way would miss its parent
         path = paths(parent)
         hope, deep = hopes(chance, parent, path), (path >= 0).sum(2)[:, 1:] - 1
     none = (guess < 0) | (guess >= state.seen.shape[1])

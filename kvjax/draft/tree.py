@@ -34,15 +34,15 @@ def paths(parent: Int[Array, "batch most"]) -> Int[Array, "batch nodes nodes"]:
 
     Raises:
         ValueError: for a parent that does not come before its child, if values are known on the host.
+        Inside `jit` nothing is raised: `speculate` takes the guess before for one that comes later.
     """
     batch, most = parent.shape
     node = jnp.arange(most + 1, dtype=jnp.int32)
     if not traced(parent) and bool(((parent < -1) | (parent >= node[None, :-1])).any()):
         raise ValueError(f"paths: `parent` must be -1 or the index of an earlier guess, got {parent.tolist()}")
-    above = jnp.clip(parent, -1, node[None, :-1] - 1) + 1
 
     def add(seen, i):
-        before = jnp.take_along_axis(seen, above[:, i, None, None], axis=1)[:, 0]
+        before = jnp.take_along_axis(seen, parent[:, i, None, None] + 1, axis=1)[:, 0]
         return seen.at[:, i + 1].set(before | (node == i + 1)[None]), None
 
     seen = jnp.zeros((batch, most + 1, most + 1), bool).at[:, 0, 0].set(True)

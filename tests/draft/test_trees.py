@@ -66,14 +66,14 @@ def alike(out, free):
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 def test_the_right_branch_is_kept_and_nothing_of_the_others(cache, sampling):
     one = {"lengths": None, "tokens": TOKENS[:, :1]} if cache in CHUNKED else {}
-    settings = {"max_new": 24, "key": KEY, "sampling": SETTINGS[sampling], **one}
+    settings = {"max_new": 16, "key": KEY, "sampling": SETTINGS[sampling], **one}
     free = run(kvjax.generate, cache, **settings)
-    out = run(speculate, cache, draft=Crown(told(free, wrong=[5, 99, 17])), costs=[1.0] * 4, **settings)
+    out = run(speculate, cache, draft=Crown(told(free, wrong=[5, 99, 11])), costs=[1.0] * 4, **settings)
     same(out, free)
-    assert (np.asarray(out.speculated.accepted) >= [3, 12, 8]).all()
+    assert (np.asarray(out.speculated.accepted) >= [2, 8, 5]).all()
     if "Paged" not in cache:
         alike(out, free)
-    rest = [kvjax.generate(*tiny(), o.cache, o.last, max_new=6) for o in (out, free)]
+    rest = [kvjax.generate(*tiny(), o.cache, o.last, max_new=4) for o in (out, free)]
     same(*rest)
 
 
@@ -123,6 +123,20 @@ def test_an_end_inside_a_branch(at):
     out = run(speculate, draft=Crown(told(whole)), costs=[1.0] * 4, **settings)
     same(out, free)
     assert out.cache.length.tolist() == free.cache.length.tolist()
+
+
+def test_parents_that_come_later_lose_speed_and_no_token():
+    @pytree
+    class Backwards(Crown):
+        def propose(self, own, view, want):
+            right, count, _ = self.told.propose(None, view, jnp.int32(3))
+            guess = jnp.concatenate([right[:, 1:], right[:, :1]], axis=1)
+            guess = jnp.pad(guess, ((0, 0), (0, 4)))
+            parent = jnp.array([2, 0, -1, 9, -5, 6, 5], jnp.int32)
+            return Tree(guess, jnp.tile(parent[None], (guess.shape[0], 1))), jnp.where(want > 0, count, 0), None
+
+    free = run(kvjax.generate, max_new=24)
+    same(run(speculate, draft=Backwards(told(free)), costs=[1.0] * 4, max_new=24), free)
 
 
 def test_equal_beginnings_are_merged():
