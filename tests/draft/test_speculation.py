@@ -234,7 +234,7 @@ def test_the_cache_stays_in_place():
     cache = Dense().init(model, batch=2, capacity=4096)
     state = kvjax.decode.begin(cache, jnp.zeros(2, jnp.int32), jnp.zeros((2, 61), bool), 16)
     draft = PromptLookup(k=3)
-    spec = speculation._begin(draft, state, np.ones((2, 1), np.int32), np.ones(2, np.int32), False)
+    spec = speculation._begin(model, draft, state, np.ones((2, 1), np.int32), np.ones(2, np.int32), False)
     rules = kvjax.decode.rules(Sampling(), batch=2, vocab=61, max_new=16)
     costs = jnp.ones(3)
     program = speculation.advance.lower(model, params, draft, spec, rules, costs, 9, widths=widths(draft)).compile()
