@@ -119,13 +119,16 @@ class Heads(InTurn):
     def observe(self, own: HeadsState, view: View) -> HeadsState:
         """Keep the hidden states of tokens that were checked, and forget what was taken in of guessed ones."""
         assert view.hidden is not None and view.fresh is not None
-        size, at = own.hidden.shape[1], view.length - 1 - view.fresh
+        anew = view.length == 0  # the row is given to another text
+        fresh, sure = jnp.where(anew, 0, view.fresh), jnp.where(anew, 0, own.sure)
+        size, at = own.hidden.shape[1], view.length - 1 - fresh
         nth = jnp.arange(view.hidden.shape[1], dtype=jnp.int32)[None]
-        place = jnp.where(nth < view.fresh[:, None], at[:, None] + nth, size)
+        place = jnp.where(nth < fresh[:, None], at[:, None] + nth, size)
         rows = jnp.arange(at.shape[0])[:, None]
         hidden = own.hidden.at[rows, place].set(view.hidden, mode="drop")
-        start = jnp.where((own.start < 0) & (view.fresh > 0), at, own.start)
-        return replace(own, cache=replace(own.cache, length=own.sure), hidden=hidden, start=start)
+        start = jnp.where((own.start < 0) & (fresh > 0), at, own.start)
+        start = jnp.where(anew, -1, start)
+        return replace(own, cache=replace(own.cache, length=sure), hidden=hidden, start=start, sure=sure)
 
     def able(self, own: HeadsState, view: View) -> Bool[Array, "batch"]:
         return view.running & (own.start >= 0)
