@@ -6,9 +6,13 @@ A new strategy or decoder is one row here. A pair that cannot work is a row of U
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kvjax
 from kvjax import batch
@@ -28,11 +32,19 @@ CACHES = {
     "Shared(Paged(page=4))": Shared(Paged(page=4)),
 }
 
+CHUNKED = {"Evicting(budget=9, score='key_diff', sinks=1, recent=3)"}
+"""Strategies that forget by what they saw at once: a prompt in one chunk and token by token differ."""
+
+CORE = {"Dense()", "Ring(window=6, sinks=2)", "Paged(page=4, pool=24)", "Quantized(8, residual=8)", *CHUNKED}
+"""Those that CI crosses; the others are marked slow."""
+
 LOSSLESS = set(CACHES) - {"Ring(window=6, sinks=2)", "Evicting(budget=9, score='key_diff', sinks=1, recent=3)"}
 """Strategies that keep everything the model can see: their logits are those of a full forward pass."""
 
-CHUNKED = {"Evicting(budget=9, score='key_diff', sinks=1, recent=3)"}
-"""Strategies that forget by what they saw at once: a prompt in one chunk and token by token differ."""
+
+def crossed(names: Iterable[str], *rest: Any, core: Collection[str] = CORE) -> list:
+    """Parameters of a test: each cache's name, and the `rest`; slow where it is not among the `core`."""
+    return [pytest.param(name, *rest, marks=() if name in core else pytest.mark.slow) for name in names]
 
 
 def _decode_step(model, params, cache, tokens, lengths, new):

@@ -74,7 +74,13 @@ def test_too_few_pages_for_all(preempt, store):
 
 
 @pytest.mark.parametrize(
-    "strategy", [Dense(), Ring(), Quantized(8, residual=8), Evicting(CAPACITY)], ids=lambda s: type(s).__name__
+    "strategy",
+    [
+        Dense(),
+        Ring(),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (Quantized(8, residual=8), Evicting(CAPACITY))),
+    ],
+    ids=lambda s: type(s).__name__,
 )
 def test_rows_of_any_cache(strategy):
     requests = several(1, 9)
@@ -126,8 +132,16 @@ SMALL_WORDS = small_tokenizer()
 PAIRS, LETTERS, ENDED = (regex(text, SMALL_WORDS) for text in ("(ab|cd){6,9}", "[a-c]{2}(d[a-c]{1,3})*", "a?b?c"))
 
 
-@pytest.mark.parametrize("preempt", ["recompute", "offload"])
-@pytest.mark.parametrize("draft", [None, PromptLookup(k=3, shortest=1)], ids=["plain", "guesses"])
+@pytest.mark.parametrize(
+    ("draft", "preempt"),
+    [
+        (None, "offload"),
+        (PromptLookup(k=3, shortest=1), "recompute"),
+        pytest.param(None, "recompute", marks=pytest.mark.slow),
+        pytest.param(PromptLookup(k=3, shortest=1), "offload", marks=pytest.mark.slow),
+    ],
+    ids=["plain-offload", "guesses-recompute", "plain-recompute", "guesses-offload"],
+)
 def test_grammars_of_rows(preempt, draft):
     """Rows with grammars, some the same, beside rows without any, leave and come back."""
     grammars = (PAIRS, None, LETTERS, None, ENDED, PAIRS, LETTERS)

@@ -18,7 +18,7 @@ from kvjax.draft import DraftModel, PromptLookup, speculate, speculation, widths
 from kvjax.draft.base import View
 from kvjax.pytree import pytree, static
 from tests.compiles import Compiles
-from tests.strategies import CACHES, CHUNKED
+from tests.strategies import CACHES, CHUNKED, crossed
 from tests.tiny import prompts, tiny
 from tests.tiny_model import bytes_tokenizer
 
@@ -72,7 +72,7 @@ def same(got, wanted):
     np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=2e-4)
 
 
-@pytest.mark.parametrize("cache", [name for name in CACHES if "Paged" not in name])
+@pytest.mark.parametrize("cache", crossed(name for name in CACHES if "Paged" not in name))
 def test_wrong_guesses_leave_nothing_behind(cache):
     """Every buffer of the cache is what it is when only the right tokens ever came."""
     one = {"lengths": None, "tokens": TOKENS[:, :1]} if cache in CHUNKED else {}  # the prompt itself in one way

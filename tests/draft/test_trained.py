@@ -41,7 +41,9 @@ def decoded(decoder, tokens, lengths=None, family="llama", **settings):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "mistral"))]
+)
 def test_every_family_decodes_the_same(kind, family):
     """Soft caps, scaled embeddings, learned positions, windows, and a head apart from the embedding."""
     tokens = prompts(5, 2, 7)

@@ -15,7 +15,7 @@ from kvjax.draft.tree import Tree, hopes, merged, paths
 from kvjax.pytree import pytree, static
 from tests.draft.test_drafts import guesses
 from tests.draft.test_speculation import KEY, SETTINGS, TOKENS, Told, run, same, told
-from tests.strategies import CACHES, CHUNKED
+from tests.strategies import CACHES, CHUNKED, crossed
 from tests.tiny import prompts, tiny
 
 EAGER = [1.0] * 5
@@ -62,10 +62,13 @@ def alike(out, free):
             assert (a == b).mean() > 0.99 if a.dtype == jnp.uint8 else (a == b).all()  # a code may round otherwise
 
 
-@pytest.mark.parametrize(("cache", "sampling"), [*((name, "greedy") for name in CACHES), ("Dense()", "sampled")])
+@pytest.mark.parametrize(
+    ("cache", "sampling"),
+    [*crossed(CACHES, "greedy", core=["Dense()", "Paged(page=4, pool=24)"]), ("Dense()", "sampled")],
+)
 def test_the_right_branch_is_kept_and_nothing_of_the_others(cache, sampling):
     one = {"lengths": None, "tokens": TOKENS[:, :1]} if cache in CHUNKED else {}
-    settings = {"max_new": 24, "key": KEY, "sampling": SETTINGS[sampling], **one}  # so many that every slot is filled
+    settings = {"max_new": 20, "key": KEY, "sampling": SETTINGS[sampling], **one}  # so many that every slot is filled
     free = run(kvjax.generate, cache, **settings)
     out = run(speculate, cache, draft=Crown(told(free, wrong=[5, 99, 11])), costs=[1.0] * 4, **settings)
     same(out, free)
@@ -76,7 +79,9 @@ def test_the_right_branch_is_kept_and_nothing_of_the_others(cache, sampling):
     same(*rest)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mistral"))]
+)
 def test_windows_soft_caps_and_learned_positions(family):
     model, params = tiny(family)
     tokens = prompts(5, 2, 7)
