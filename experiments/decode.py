@@ -10,7 +10,7 @@ import inspect
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -110,35 +110,20 @@ def run(config: Config, progress: Progress) -> list[Row]:
     works = [(work, batch) for work in config.works if work in ASKS for batch in config.batches]
     for number, (work, batch) in enumerate(works):
         prompts = [ask(tokenizer, work, i) for i in range(config.prompts)]
-        capacity = -(-(max(map(len, prompts)) + config.new) // 256) * 256
-        timings: dict[str, list[Timing]] = {name: [] for name in (PLAIN, *config.methods)}
-        costs: dict[str, np.ndarray | None] = dict.fromkeys(timings)
-        for turn in range(config.turns + 1):
-            turns = {name: Timing() for name in timings}
-            differing = dict.fromkeys(timings, 0)
-            for first in range(0, len(prompts), batch):
-                progress(f"{work}, batch {batch}", (number + turn / (config.turns + 1)) / len(works))
-                part, wanted = prompts[first : first + batch], None
-                for name, timing in turns.items():
-                    cache = Dense().init(model, batch=batch, capacity=capacity)
-                    _, cache = kvjax.prefill(model, params, cache, [prompt[:-1] for prompt in part])
-                    jax.block_until_ready(cache)
-                    draft = METHODS.get(name)
-                    out, taken = _timed(model, params, cache, part, draft, config.new, sampling, costs[name])
-                    timing.seconds += taken
-                    timing.made += int(out.lengths.sum())
-                    if out.speculated is not None:
-                        costs[name] = np.asarray(out.speculated.costs)
-                        timing.rounds += int(out.speculated.rounds.sum())
-                        timing.proposed += int(out.speculated.proposed.sum())
-                        timing.accepted += int(out.speculated.accepted.sum())
-                    wanted = out.tokens if wanted is None else wanted
-                    differing[name] += int((np.asarray(out.tokens) != np.asarray(wanted)).any(1).sum())
-            for name, timing in turns.items():
-                if turn:
-                    timings[name].append(timing)
+        drafts = {name: METHODS[name] for name in config.methods}
+        timings, differing, costs = compare(
+            model,
+            params,
+            prompts,
+            batch,
+            drafts,
+            config.new,
+            config.turns,
+            sampling,
+            lambda done, work=work, batch=batch, n=number: progress(f"{work}, batch {batch}", (n + done) / len(works)),
+        )
         for name in timings:
-            rows.append(_row(name, work, batch, timings, differing[name], costs[name]))
+            rows.append(row(name, work, batch, timings, differing[name], costs[name]))
             _say(rows[-1:])
     if "trace" in config.works:
         rows += _say(trace_rows(model, params, tokenizer, config, config.turns, progress))
@@ -154,11 +139,48 @@ def _say(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _row(name: str, work: str, batch: int, timings, differing: int, costs) -> Row:
+def compare(model, params, prompts, batch: int, drafts: Mapping[str, Draft], new: int, turns: int, sampling, done):
+    """`generate` and each draft on the same prompts, in turns, of which the first warms up and is not counted.
+
+    Returns:
+        By name: each turn's `Timing`, rows that differed from `generate`'s in the last, and the measured costs.
+    """
+    capacity = -(-(max(map(len, prompts)) + new) // 256) * 256
+    timings: dict[str, list[Timing]] = {name: [] for name in (PLAIN, *drafts)}
+    costs: dict[str, np.ndarray | None] = dict.fromkeys(timings)
+    differing = dict.fromkeys(timings, 0)
+    for turn in range(turns + 1):
+        now = {name: Timing() for name in timings}
+        differing = dict.fromkeys(timings, 0)
+        done(turn / (turns + 1))
+        for first in range(0, len(prompts), batch):
+            part, wanted = prompts[first : first + batch], None
+            for name, timing in now.items():
+                paid = None if (known := costs[name]) is None else known.tolist()
+                cache = Dense().init(model, batch=batch, capacity=capacity)
+                _, cache = kvjax.prefill(model, params, cache, [prompt[:-1] for prompt in part])
+                jax.block_until_ready(cache)
+                out, taken = _timed(model, params, cache, part, drafts.get(name), new, sampling, paid)
+                timing.seconds += taken
+                timing.made += int(out.lengths.sum())
+                if out.speculated is not None:
+                    costs[name] = np.asarray(out.speculated.costs)
+                    timing.rounds += int(out.speculated.rounds.sum())
+                    timing.proposed += int(out.speculated.proposed.sum())
+                    timing.accepted += int(out.speculated.accepted.sum())
+                wanted = out.tokens if wanted is None else wanted
+                differing[name] += int((np.asarray(out.tokens) != np.asarray(wanted)).any(1).sum())
+        for name, timing in now.items():
+            if turn:
+                timings[name].append(timing)
+    return timings, differing, costs
+
+
+def row(name: str, work: str, batch: int, timings, differing: int, costs) -> Row:
     """`accepted` is guesses that were right a call of the model and row, `right` their share of those checked."""
     speeds = [t.made / t.seconds for t in timings[name]]
     pairs = zip(timings[name], timings[PLAIN], strict=True)
-    row: Row = {
+    made: Row = {
         "method": name,
         "work": work,
         "batch": batch,
@@ -169,10 +191,10 @@ def _row(name: str, work: str, batch: int, timings, differing: int, costs) -> Ro
     }
     if costs is not None:
         last = timings[name][-1]
-        row["accepted"] = last.accepted / max(last.rounds * batch, 1)
-        row["right"] = last.accepted / max(last.proposed, 1)
-        row["costs"] = [float(x) for x in costs / costs[0]]
-    return row
+        made["accepted"] = last.accepted / max(last.rounds * batch, 1)
+        made["right"] = last.accepted / max(last.proposed, 1)
+        made["costs"] = [float(x) for x in costs / costs[0]]
+    return made
 
 
 def _timed(model, params, cache: Cache, prompts, draft, new: int, sampling, costs):

@@ -19,6 +19,7 @@ from kvjax.batch import Request, Settings, serve
 from kvjax.batch import open as open_slots
 from kvjax.cache import Dense, Paged
 from kvjax.cache.prefix import POLICIES
+from kvjax.decode.step import BUCKETS
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,13 @@ def trace_rows(model, params, tokenizer, batches: Batches, turns: int, progress:
         sizes.append(max(1, sizes[-1] // 4))
     seconds: dict[str, list[float]] = {}
     notes: dict[str, dict[str, Any]] = {}
-    warm = _for_each_width(requests)
     for turn in range(turns + 1):
         for number, size in enumerate(sizes):
             progress(f"trace, static batches of {size}", (turn + number / (len(sizes) + 1)) / (turns + 1))
-            taken = _static(model, params, warm[:size] if turn == 0 else requests, size, capacity)
+            taken = _static(model, params, requests, size, capacity, warm=turn == 0)
             seconds.setdefault(f"static batches of {size}", []).append(taken)
         progress("trace, slots", (turn + len(sizes) / (len(sizes) + 1)) / (turns + 1))
-        taken, note = _slots(model, params, warm if turn == 0 else requests, batches, capacity, pool)
+        taken, note = _slots(model, params, requests, batches, capacity, pool)
         seconds.setdefault("continuous batching", []).append(taken)
         notes["continuous batching"] = note | {"bytes": pool * one}
     base = f"static batches of {batches.rows}"
@@ -107,21 +107,21 @@ def trace_rows(model, params, tokenizer, batches: Batches, turns: int, progress:
     return rows
 
 
-def _for_each_width(requests: Sequence[Request]) -> list[Request]:
-    """The longest request and one for each power of two below, so that every program is compiled by a warm-up."""
-    longest = max(requests, key=lambda r: len(r.tokens))
-    widths = [len(longest.tokens)] + [2**i for i in range(10) if 2**i <= len(longest.tokens)]
-    return [Request(("warm", width), longest.tokens[:width], 4) for width in widths]
-
-
-def _static(model, params, requests: Sequence[Request], size: int, capacity: int) -> float:
-    most = max(r.max_new for r in requests)
+def _static(model, params, requests: Sequence[Request], size: int, capacity: int, *, warm: bool) -> float:
+    """Seconds of batches in the order of arrival; `warm` makes one short batch of each compiled program only."""
+    most, compiled = max(r.max_new for r in requests), set()
     started = time.perf_counter()
     for first in range(0, len(requests), size):
         part = list(requests[first : first + size])
         part += part[-1:] * (size - len(part))  # the last batch is of the same program
+        if warm:
+            full, rest = divmod(max(len(r.tokens) for r in part), BUCKETS[-1])
+            programs = full > 0, next((width for width in (0, *BUCKETS) if width >= rest), None)
+            if programs in compiled:
+                continue
+            compiled.add(programs)
         cache = Dense().init(model, batch=size, capacity=capacity)
-        limits = [kvjax.Sampling(limit=r.max_new) for r in part]
+        limits = [kvjax.Sampling(limit=2 if warm else r.max_new) for r in part]
         out = kvjax.generate(model, params, cache, [list(r.tokens) for r in part], max_new=most, sampling=limits)
         jax.block_until_ready(out.tokens)
     return time.perf_counter() - started

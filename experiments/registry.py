@@ -21,4 +21,5 @@ EXPERIMENTS = {
     "decode": "experiments.decode",
     "gpu_attention": "experiments.gpu_attention",
     "prefix_trace": "experiments.prefix_trace",
+    "train_draft": "experiments.train_draft",
 }

@@ -69,8 +69,9 @@ class Generate:
     """Continue the text as it is, instead of answering it as a user's message."""
     draft: str = ""
     """Guess tokens ahead and check several at once, for the same answer sooner: `lookup`, what followed where the text
-    read the same before, or `model:PATH`, a smaller model of the same vocabulary; with settings: `lookup:k=5`. The
-    first run compiles longer."""
+    read the same before, `model:PATH`, a smaller model of the same vocabulary, or `heads:PATH` or `early-exit:PATH`,
+    trained by the experiments `train_draft` and `train_exit`; with settings: `lookup:k=5`. The first run compiles
+    longer."""
     n: int = 1
     """This many answers at once, the prompt held once for all; they differ with a `--temperature`."""
     beam: int = 0

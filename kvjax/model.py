@@ -24,6 +24,9 @@ from kvjax.rope import rotate
 Params = Any
 """A pytree of arrays as `init_params` lays it out."""
 
+HIDDEN = "hidden"
+"""The Flax collection that holds what is between embedding and head, where a call makes it mutable."""
+
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -157,13 +160,13 @@ class Transformer(nn.Module):
         c, p = self.config, self.precision
         batch, width = tokens.shape
         lengths = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         full = jnp.zeros(batch, bool)
         if cache is not None:
             cache, full = cache.opened(lengths)
             lengths = jnp.where(full, 0, lengths)
         offset = jnp.arange(width, dtype=jnp.int32)[None]
-        positions, valid = start[:, None] + offset, offset < lengths[:, None]
+        positions = jnp.tile(offset, (batch, 1)) if cache is None else cache.positions(width)
+        valid = offset < lengths[:, None]
 
         embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab, c.hidden), p.params)
         x = jnp.take(embed, jnp.where(tokens < 0, c.vocab, tokens), axis=0).astype(p.compute)  # NaN past the table
@@ -181,10 +184,12 @@ class Transformer(nn.Module):
         layers: list[Attends | None] = [None] * c.layers if cache is None else list(cache.layers)
         for i, block in enumerate(blocks):
             x, layers[i] = _apply_block(block, params[i], x, positions, valid, layers[i])
+            self.sow(HIDDEN, f"layer_{i}", x)
 
         if last:
             x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         x = Norm(c, name="norm")(x)
+        self.sow(HIDDEN, "final", x)
         head = embed if c.tied else self.param("head", nn.initializers.normal(0.02), embed.shape, p.params)
         logits = product(x, head.astype(p.compute)).astype(p.logits)
         if c.logit_softcap is not None:
@@ -207,6 +212,25 @@ def cached(
     """Take in `lengths` tokens a row and score what follows each row's last: the step inside every decoder."""
     out = model.apply({"params": params}, tokens, lengths, cache, last=True)
     return cast("tuple[Array, Cache]", out)
+
+
+def with_hidden(
+    model: Transformer,
+    params: Params,
+    tokens: Int[Array, "batch width"],
+    lengths: Int[Array, "batch"] | None,
+    cache: Cache | None,
+    *,
+    last: bool = False,
+) -> tuple[Any, Cache | None, Float[Array, "batch scored hidden"], tuple[Float[Array, "batch width hidden"], ...]]:
+    """The model's logits and cache, what its head saw, and what each of its layers gave.
+
+    Inside `jit`, what is not used of these costs nothing.
+    """
+    (logits, cache), kept = model.apply({"params": params}, tokens, lengths, cache, last=last, mutable=[HIDDEN])
+    hidden = kept[HIDDEN]
+    layers = tuple(hidden[f"layer_{i}"][0] for i in range(model.config.layers))
+    return logits, cache, hidden["final"][0], layers
 
 
 @partial(jax.jit, static_argnames="block")

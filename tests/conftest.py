@@ -12,7 +12,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 os.environ["KVJAX_COMPILE_CACHE"] = "0"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # tests compile much and compute little
+os.environ.setdefault(  # tests compile much and compute little
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; what tests start inherits it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -21,9 +23,9 @@ MOST_MAPPINGS = 30_000
 """Of memory, in this process. Linux allows 65,530; compiled programs take a few each, and XLA crashes at the limit."""
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def programs():
-    """Those of earlier modules are dropped once there are too many."""
+    """Those of earlier tests are dropped once there are too many."""
     yield
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()

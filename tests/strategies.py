@@ -6,14 +6,18 @@ A new strategy or decoder is one row here. A pair that cannot work is a row of U
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kvjax
 from kvjax import batch
 from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared
-from kvjax.draft import DraftModel, PromptLookup, widths
+from kvjax.draft import DraftModel, EarlyExit, Heads, PromptLookup, widths
 
 CACHES = {
     "Dense()": Dense(),
@@ -28,11 +32,19 @@ CACHES = {
     "Shared(Paged(page=4))": Shared(Paged(page=4)),
 }
 
+CHUNKED = {"Evicting(budget=9, score='key_diff', sinks=1, recent=3)"}
+"""Strategies that forget by what they saw at once: a prompt in one chunk and token by token differ."""
+
+CORE = {"Dense()", "Ring(window=6, sinks=2)", "Paged(page=4, pool=24)", "Quantized(8, residual=8)", *CHUNKED}
+"""Those that CI crosses; the others are marked slow."""
+
 LOSSLESS = set(CACHES) - {"Ring(window=6, sinks=2)", "Evicting(budget=9, score='key_diff', sinks=1, recent=3)"}
 """Strategies that keep everything the model can see: their logits are those of a full forward pass."""
 
-CHUNKED = {"Evicting(budget=9, score='key_diff', sinks=1, recent=3)"}
-"""Strategies that forget by what they saw at once: a prompt in one chunk and token by token differ."""
+
+def crossed(names: Iterable[str], *rest: Any, core: Collection[str] = CORE) -> list:
+    """Parameters of a test: each cache's name, and the `rest`; slow where it is not among the `core`."""
+    return [pytest.param(name, *rest, marks=() if name in core else pytest.mark.slow) for name in names]
 
 
 def _decode_step(model, params, cache, tokens, lengths, new):
@@ -75,6 +87,21 @@ def _drafted(model, params, cache, tokens, lengths, new):
     return _speculated(DraftModel(model, off, k=1), model, params, cache, tokens, lengths, new)
 
 
+SOME = np.array([3, 8, 9, 17, 24, 25, 33, 40, 52, 60], np.int32)
+
+
+def _headed(model, params, cache, tokens, lengths, new):
+    """By heads that were never trained, of a few tokens only: wrong as a rule."""
+    trained = Heads.fresh(model, params, SOME, jax.random.key(2))
+    return _speculated(Heads.of(model, params, trained=trained, k=2), model, params, cache, tokens, lengths, new)
+
+
+def _left_early(model, params, cache, tokens, lengths, new):
+    exit = EarlyExit.fresh(model, params, np.arange(61, dtype=np.int32))
+    draft = EarlyExit.of(model, params, layers=1, exit=exit, k=2)
+    return _speculated(draft, model, params, cache, tokens, lengths, new)
+
+
 def _speculated(draft, model, params, cache, tokens, lengths, new):
     same_costs = [1.0] * len(widths(draft))  # as many guesses as there are, whatever they cost here
     out = kvjax.speculate(model, params, cache, tokens, lengths, draft=draft, max_new=new, costs=same_costs)
@@ -109,6 +136,8 @@ DECODERS = {
     "`stream`": _stream,
     "`speculate`, `PromptLookup`": _looked_up,
     "`speculate`, `DraftModel`": _drafted,
+    "`speculate`, `Heads`": _headed,
+    "`speculate`, `EarlyExit`": _left_early,
     "`serve`": _served,
 }
 

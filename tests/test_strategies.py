@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 
 import kvjax
-from tests.strategies import CACHES, CHUNKED, DECODERS, LOSSLESS, UNSUPPORTED, table
+from tests.strategies import CACHES, CHUNKED, DECODERS, LOSSLESS, UNSUPPORTED, crossed, table
 from tests.tiny import prompts, tiny
 
 NEW = 9
 LENGTHS = [13, 4, 1]
 
 PAIRS = [
-    pytest.param(cache, decoder, id=f"{cache}-{decoder}")
-    for cache in CACHES
+    pair
     for decoder in DECODERS
-    if (cache, decoder) not in UNSUPPORTED
+    for pair in crossed((cache for cache in CACHES if (cache, decoder) not in UNSUPPORTED), decoder)
 ]
 
 

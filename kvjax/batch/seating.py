@@ -134,7 +134,8 @@ def _admit(slots: Slots, row, one: dict[str, Array], own: Rules, draft, *, model
     def named(tree):
         return {f.name: one[f.name] for f in fields(tree) if f.name in one}
 
-    zeros = {name: jnp.zeros_like(getattr(spec, name)) for name in ("guess", "count", "right", "checked")}
+    names = "guess", "count", "right", "checked", "fresh"
+    zeros = {name: jnp.zeros_like(x) for name in names if (x := getattr(spec, name)) is not None}
     state = replace(state, **named(state), matched=jnp.zeros_like(state.matched), ruled=jnp.zeros_like(state.ruled))
     spec = replace(spec, **(named(spec) | zeros), state=state)
     return put_row_of_slots(slots, row, Slots(spec, own, one["goal"], slots.capacity))

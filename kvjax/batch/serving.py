@@ -17,7 +17,7 @@ from kvjax.batch.parking import Parked, check_way, park, unpark
 from kvjax.batch.request import Request, Result
 from kvjax.batch.seating import admit, check, constrain, heed, retire
 from kvjax.batch.slots import Made, Slots, init, look, watch, with_cache
-from kvjax.batch.steps import decode, feed
+from kvjax.batch.steps import decode, feed, feed_width
 from kvjax.cache.base import Strategy
 from kvjax.cache.paged import Paged
 from kvjax.cache.prefix import Policy, PrefixStore, keep, make_room, open_store, reuse
@@ -259,20 +259,28 @@ def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[R
     with_model, with_params = settings.prefill or (model, params)
     now = watch(serving.slots)
     for row in np.flatnonzero(now.filling).tolist():
+        left = int(now.goal[row] - now.held[row])
+        taken = min(left, settings.chunk, feed_width(left, settings.chunk, serving.slots.capacity))
+        lengths = _alone(serving, row, taken)
         if serving.seated[row] is None:  # it has given way to one before it
             continue
-        lengths = _alone(serving, row, min(settings.chunk, int(now.goal[row] - now.held[row])))
         serving, good = _roomy(serving, lengths)
+        if not good:  # one that ended with its first token leaves before another has to
+            serving, ended = _finished(serving, time)
+            results += ended
+            serving, good = _roomy(serving, lengths)
         while not good and serving.seated[row] is not None:
             serving, good = _roomy(_give_up(serving, _weakest(serving, time)[0]), lengths)
-        if serving.seated[row] is None:
+        ticket = serving.seated[row]
+        if ticket is None:
             continue
         slots = feed(with_model, with_params, serving.slots, row, chunk=settings.chunk)
         serving = replace(serving, slots=slots)
-        if not watch(slots).filling[row]:
-            serving, ended = _finished(_remember(serving, row, time), time)
-            results += ended
-    return serving, results
+        if taken == left:
+            tokens = list(ticket.request.tokens)
+            serving = _remember(serving, row, time) if ticket.parked else _keep(serving, row, tokens, time)
+    serving, ended = _finished(serving, time)
+    return serving, results + ended
 
 
 def _decode(model, params, serving: Serving, time: float) -> Serving:
@@ -354,10 +362,18 @@ def _remember(serving: Serving, row: int, time: float) -> Serving:
     ticket, slots = serving.seated[row], serving.slots
     assert ticket is not None, "a row with a request"
     (made,), length = look(slots, [row]), int(watch(slots).held[row])
-    text = [*ticket.request.tokens, *made.tokens][:length]
-    texts, asked = _only(serving, row, text), _alone(serving, row, min(len(ticket.request.tokens), length)).tolist()
-    store, cache = keep(serving.store, slots.cache, texts, prompts=asked, time=time)
-    return replace(serving, store=store, slots=with_cache(slots, cache))
+    return _keep(serving, row, [*ticket.request.tokens, *made.tokens][:length], time)
+
+
+def _keep(serving: Serving, row: int, text: list[int], time: float) -> Serving:
+    """Keep a row's text, which it has taken in, in the store."""
+    if serving.store is None:
+        return serving
+    ticket = serving.seated[row]
+    assert ticket is not None, "a row with a request"
+    asked = _alone(serving, row, min(len(ticket.request.tokens), len(text))).tolist()
+    store, cache = keep(serving.store, serving.slots.cache, _only(serving, row, text), prompts=asked, time=time)
+    return replace(serving, store=store, slots=with_cache(serving.slots, cache))
 
 
 def _leave(serving: Serving, row: int, time: float) -> tuple[Serving, Made]:

@@ -150,7 +150,7 @@ def init(
     state = decoding.begin(cache, jnp.asarray(pending), jnp.asarray(seen), power_of_two(max_new))
     state = replace(state, reason=jnp.full(slots, WAITING, jnp.int32))
     text = jnp.asarray(np.zeros((slots, power_of_two(capacity + 1)), np.int32))
-    spec = blank(draft, state, text, jnp.zeros(slots, jnp.int32))
+    spec = blank(model, draft, state, text, jnp.zeros(slots, jnp.int32))
     return Slots(spec, settings, jnp.zeros(slots, jnp.int32), capacity)
 
 
@@ -181,7 +181,7 @@ def _by_row(slots: Slots, of: Any, other: Slots, cache: Any) -> Slots:
     """Each array with a row for every slot changed by `of`, and the cache by `cache`."""
 
     def each(tree: Any, second: Any, leave: tuple[str, ...]) -> Any:
-        names = [f.name for f in fields(tree) if f.name not in leave]
+        names = [f.name for f in fields(tree) if f.name not in leave and getattr(tree, f.name) is not None]
         return replace(tree, **{name: of(getattr(tree, name), getattr(second, name)) for name in names})
 
     state: State = each(slots.spec.state, other.spec.state, ("cache", "step"))

@@ -34,12 +34,16 @@ def feed(model: Transformer, params: Params, slots: Slots, row: int, *, chunk: i
     """
     check_counts("feed", chunk=chunk)
     now = watch(slots)
-    left = int(now.goal[row] - now.held[row])
+    width = feed_width(int(now.goal[row] - now.held[row]), chunk, slots.capacity)
+    return _feed(model, params, slots, jnp.int32(row), jnp.int32(chunk), width=width)
+
+
+def feed_width(left: int, chunk: int, capacity: int) -> int:
+    """The width of the program by which `feed` takes in what is `left` of a prompt, or its beginning."""
     width = power_of_two(max(left, NARROWEST))
     if left < 3 * width // 4 and width > NARROWEST:
         width //= 2
-    width = min(width, power_of_two(chunk), slots.capacity)
-    return _feed(model, params, slots, jnp.int32(row), jnp.int32(chunk), width=width)
+    return min(width, power_of_two(chunk), capacity)
 
 
 @partial(jax.jit, static_argnames=("model", "width"), donate_argnames="slots")

@@ -61,9 +61,11 @@ class LayerCache(Attends, Protocol):
         positions: Int[Array, "batch width"],
         valid: Bool[Array, "batch width"],
         mask: Mask,
+        path: Int[Array, "batch width width"] | None = None,
     ) -> tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]:
         """`attend`'s first two results, had the tokens come one at a time; nothing is taken in.
 
+        With `path`, token `j` comes after those that `path[:, j]` names, itself the last before the -1s, and no other.
         The cache is open, as for `look`. Holds for as many tokens as `steady` says.
         """
         ...
@@ -176,6 +178,10 @@ class Cache:
         """The cache as its layers need it to take in `lengths` tokens a row, and which rows have no room for them."""
         return self.strategy.open(self, lengths)
 
+    def positions(self, width: int) -> Int[Array, "batch width"]:
+        """Where `width` new tokens a row will be."""
+        return self.strategy.positions(self, width)
+
     def closed(self, layers: tuple[Any, ...], lengths: Int[Array, "batch"]) -> Cache:
         """An opened cache after its layers took in `lengths` tokens a row."""
         return self.strategy.close(self, layers, lengths)
@@ -192,6 +198,10 @@ class Strategy:
         if cache.capacity is None:
             return cache, jnp.zeros(cache.batch, bool)
         return cache, cache.length + lengths > cache.capacity
+
+    def positions(self, cache: Cache, width: int) -> Int[Array, "batch width"]:
+        """See `Cache.positions`."""
+        return cache.length[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
 
     def close(self, cache: Cache, layers: tuple[Any, ...], lengths: Int[Array, "batch"]) -> Cache:
         """See `Cache.closed`."""

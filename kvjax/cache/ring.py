@@ -53,8 +53,8 @@ class RingLayer(InOrder):
         window = self.window if mask.window is None else min(mask.window, self.window)
         return replace(mask, window=window, sinks=self.sinks)
 
-    def ahead(self, q, k, v, positions, valid, mask: Mask):
-        return super().ahead(q, k, v, positions, valid, self._narrowed(mask))
+    def ahead(self, q, k, v, positions, valid, mask: Mask, path=None):
+        return super().ahead(q, k, v, positions, valid, self._narrowed(mask), path)
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         return jnp.where(self.positions < length[:, None], self.positions, -1)

@@ -47,8 +47,8 @@ class SharedLayer:
     def look(self, q, positions, mask: Mask):
         return merge(self._before(q, positions, mask), self.inner.look(q, positions - self.start, mask))
 
-    def ahead(self, q, k, v, positions, valid, mask: Mask):
-        own = self.inner.ahead(q, k, v, positions - self.start, valid, mask)
+    def ahead(self, q, k, v, positions, valid, mask: Mask, path=None):
+        own = self.inner.ahead(q, k, v, positions - self.start, valid, mask, path)
         return merge(self._before(q, positions, mask), own)
 
     def steady(self) -> Int[Array, "batch"] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.config import ModelConfig
 from kvjax.decode.sampling import Rules
@@ -20,6 +20,8 @@ class View:
         position: of the token after the newest, in the target's cache. The draw of a row that samples depends on it.
         made: new tokens a row has.
         seen, counts: which tokens prompt and output have, and how often the output has each.
+        hidden, fresh: for a draft whose `wants_hidden` is true, what the target's head saw at each row's `fresh` tokens
+            before its newest, those that were checked since the draft last looked. None of the prompt but its last.
         ruled: each row's state in its grammar, for `choose`.
     """
 
@@ -31,6 +33,8 @@ class View:
     seen: Bool[Array, "batch vocab"]
     counts: Int[Array, "batch vocab"]
     rules: Rules
+    hidden: Float[Array, "batch checked hidden"] | None = None
+    fresh: Int[Array, "batch"] | None = None
     ruled: Int[Array, "batch"] | None = None
 
 
@@ -51,8 +55,11 @@ class Draft(Protocol):
         """The draft's state before `batch` rows of up to `size` tokens."""
         ...
 
-    def propose(self, own: Any, view: View, want: Int[Array, ""]) -> tuple[Int[Array, "batch most"], Any, Any]:
-        """Up to `want` guesses at what follows a row's newest token, how many each row has, and the state after."""
+    def propose(self, own: Any, view: View, want: Int[Array, ""]) -> tuple[Any, Any, Any]:
+        """Up to `want` guesses at what follows a row's newest token, how many each row has, and the state after.
+
+        A draft whose static `makes_trees` is true gives a `Tree` of them, and as many as it likes if `want` is not 0.
+        """
         ...
 
     def observe(self, own: Any, view: View) -> Any:
@@ -61,6 +68,16 @@ class Draft(Protocol):
         A row whose length is 0 is about to begin another text.
         """
         ...
+
+
+def wants_hidden(draft: Any) -> bool:
+    """Whether a draft asks for `View.hidden`, by a static property of this name; one without it does not."""
+    return bool(getattr(draft, "wants_hidden", False))
+
+
+def makes_trees(draft: Any) -> bool:
+    """Whether a draft's guesses are a `Tree`, by a static property of this name; one without it makes chains."""
+    return bool(getattr(draft, "makes_trees", False))
 
 
 def check_most(draft: Any, most: int) -> None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from kvjax.config import ModelConfig
-from kvjax.draft.base import View
+from kvjax.draft.base import View, wants_hidden
+from kvjax.draft.tree import check_chains
 from kvjax.pytree import pytree
 
 
@@ -17,7 +18,7 @@ class Chain:
     """Each row has the guesses of the first of `drafts` that has any for it.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one that makes trees.
     """
 
     drafts: tuple[Any, ...]
@@ -25,10 +26,15 @@ class Chain:
     def __post_init__(self):
         if isinstance(self.drafts, tuple) and not self.drafts:
             raise ValueError("Chain: `drafts` must name at least one, got ()")
+        check_chains("Chain", self.drafts)
 
     @property
     def most(self) -> int:
         return max(draft.most for draft in self.drafts)
+
+    @property
+    def wants_hidden(self) -> bool:
+        return any(wants_hidden(draft) for draft in self.drafts)
 
     def check(self, target: ModelConfig) -> None:
         for draft in self.drafts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from kvjax.cache.base import is_whole
 from kvjax.config import ModelConfig
 from kvjax.draft.base import View, check_most
 from kvjax.pytree import pytree, static
@@ -22,13 +23,15 @@ class PromptLookup:
     Args:
         k: guesses a row.
         longest, shortest: tokens of a match, at most and at least.
+        skip: other next tokens to pass over: 1 is for the best match that does not go on as the best of all does.
     Raises:
-        ValueError: for a `k` below 1, or lengths that are not `1 <= shortest <= longest`.
+        ValueError: for a `k` below 1, a `skip` below 0, or lengths that are not `1 <= shortest <= longest`.
     """
 
     k: int = static(default=7)
     longest: int = static(default=4)
     shortest: int = static(default=2)
+    skip: int = static(default=0)
 
     def __post_init__(self):
         check_most(self, self.k)
@@ -36,6 +39,8 @@ class PromptLookup:
             raise ValueError(
                 f"PromptLookup: `shortest` must be in [1, longest={self.longest}] tokens, got {self.shortest}"
             )
+        if not is_whole(self.skip, 0):
+            raise ValueError(f"PromptLookup: `skip` must be at least 0, a whole number, got {self.skip!r}")
 
     @property
     def most(self) -> int:
@@ -58,6 +63,10 @@ class PromptLookup:
             same &= (before == token) & (last >= back)
             matched += same.astype(jnp.int32)
         value = jnp.where((at < last) & (matched >= self.shortest), matched * size + at, -1)
+        follows = jnp.roll(text, -1, axis=1)
+        for _ in range(self.skip):
+            best = jnp.take_along_axis(follows, jnp.argmax(value, axis=1)[:, None], axis=1)
+            value = jnp.where(follows == best, -1, value)
         end = jnp.argmax(value, axis=1).astype(jnp.int32)[:, None]
         ahead = end + 1 + jnp.arange(self.k, dtype=jnp.int32)[None] % jnp.maximum(last - end, 1)
         guess = jnp.take_along_axis(text, jnp.minimum(ahead, size - 1), axis=1)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from kvjax.cache.ahead import ahead, settle, steady
+from kvjax.cache.ahead import ahead, picked, settle, steady
 from kvjax.cache.base import Cache
 from kvjax.decode import state as decoding
 from kvjax.decode.generation import Begun, Output, Step, finish, start
@@ -26,8 +26,10 @@ from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
 from kvjax.decode.state import NOT_FINITE, State, emit, emit_at
 from kvjax.draft.base import Draft
+from kvjax.draft.hidden import kept, scored
 from kvjax.draft.state import Speculation, blank, grown, view_of, widths
-from kvjax.model import Params, Transformer, cached
+from kvjax.draft.tree import hopes, paths
+from kvjax.model import Params, Transformer
 from kvjax.pytree import pytree
 
 PRIOR = 2.0, 3.0
@@ -158,7 +160,7 @@ def _opened(
     texts = begun.tokens, begun.lengths
     if before is not None:
         texts = _joined(model, before, *texts)
-    spec = _begin(draft, begun.state, *texts, begun.ready is not None)
+    spec = _begin(model, draft, begun.state, *texts, begun.ready is not None)
     return begun, spec, partial(advance, model, params, draft, widths=choices), choices
 
 
@@ -182,7 +184,7 @@ def _joined(model: Transformer, before: Sequence[Sequence[int]], tokens, lengths
     return as_prompts(model, None, rows, None, "speculate")
 
 
-def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool) -> Speculation:
+def _begin(model: Transformer, draft: Draft, state: State, tokens, lengths, has_first: bool) -> Speculation:
     """Before the first round: the text is the prompt and, if there is one already, the first new token."""
     batch, width = tokens.shape
     size = power_of_two(width + state.tokens.shape[1])
@@ -192,7 +194,7 @@ def _begin(draft: Draft, state: State, tokens, lengths, has_first: bool) -> Spec
         text = jnp.asarray(text)
     else:
         text = jnp.pad(tokens, ((0, 0), (0, size - width)))
-    spec = blank(draft, state, text, jnp.asarray(lengths, jnp.int32))
+    spec = blank(model, draft, state, text, jnp.asarray(lengths, jnp.int32))
     return _first(spec) if has_first else spec
 
 
@@ -258,38 +260,55 @@ def advance(model, params, draft, spec: Speculation, rules: Rules, costs, rounds
 def _plain(model, params, rules: Rules, spec: Speculation) -> Speculation:
     """A step as `generate` makes it."""
     state, had = spec.state, spec.state.lengths
-    logits, cache = cached(model, params, state.pending[:, None], state.running.astype(jnp.int32), state.cache)
+    tokens, lengths = state.pending[:, None], state.running.astype(jnp.int32)
+    logits, cache, hidden = scored(model, params, spec, tokens, lengths, state.cache, last=True)
     state = emit(replace(state, cache=cache), rules, logits)
     idle = jnp.full_like(spec.right, FORGIVING)
     spec = replace(spec, state=state, right=spec.right * idle, checked=spec.checked * idle)
-    return grown(spec, state.pending[:, None], state.lengths - had)
+    return kept(grown(spec, state.pending[:, None], state.lengths - had), hidden, state.lengths - had)
 
 
 def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Speculation:
-    """Check up to `width` guesses a row, and keep those that are what would have been chosen, and the token after."""
+    """Check up to `width` guesses a row, and keep those that are what would have been chosen, and the token after.
+
+    What would have been chosen after a node of the tree is looked for among its children; a chain has one each.
+    """
     state, cache, had = spec.state, spec.state.cache, spec.state.lengths
-    guess, count = spec.guess[:, :width], jnp.minimum(spec.count, width)
-    real = jnp.arange(width)[None] < count[:, None]
+    guess, count, nth = spec.guess[:, :width], jnp.minimum(spec.count, width), jnp.arange(width, dtype=jnp.int32)
+    real, above = nth[None] < count[:, None], nth[None]
+    path = None
+    if spec.parent is not None:
+        above = spec.parent[:, :width] + 1
+        path = paths(spec.parent[:, :width])
     tokens = jnp.concatenate([state.pending[:, None], jnp.where(real, guess, 0)], axis=1)
     taken = jnp.where(state.running, 1 + count, 0)
-    logits, seen = model.apply({"params": params}, tokens, taken, ahead(cache))
+    logits, seen, hidden = scored(model, params, spec, tokens, taken, ahead(cache, path), last=False)
+    room = _room(spec, rules)
 
     def follow(carry: tuple[Any, ...]):
-        j, agreeing, state = carry
-        here = jax.lax.dynamic_index_in_dim(logits, j, axis=1, keepdims=False)
-        new = emit_at(state, rules, here, cache.length + 1 + j, agreeing)
-        told = jax.lax.dynamic_index_in_dim(guess, jnp.minimum(j, width - 1), axis=1, keepdims=False)
-        agreeing &= (new.lengths > state.lengths) & new.running & (j < count) & (new.pending == told)
-        return j + 1, agreeing, new
+        j, at, way, tried, agreeing, state = carry
+        new = emit_at(state, rules, picked(logits, at[:, None])[:, 0], cache.length + 1 + j, agreeing)
+        children = real & (above == at[:, None]) & (agreeing & (j < room))[:, None]
+        right = children & (guess == new.pending[:, None])
+        next_one = jnp.where(right.any(1), jnp.argmax(right, axis=1).astype(jnp.int32), width)
+        tried += (children & (nth[None] <= next_one[:, None])).sum(1, dtype=jnp.int32)
+        agreeing &= (new.lengths > state.lengths) & new.running & right.any(1)
+        at = jnp.where(agreeing, next_one + 1, at)
+        way = jax.lax.dynamic_update_slice_in_dim(way, at[:, None], j + 1, axis=1)
+        return j + 1, at, way, tried, agreeing, new
 
-    begun = jnp.zeros((), jnp.int32), state.running, replace(state, cache=None)
-    ended = jax.lax.while_loop(lambda carry: carry[1].any(), follow, begun)[2]
-    made = ended.lengths - had
-    cache, full = settle(cache, seen, made)
+    nothing = jnp.zeros_like(count)
+    way = jnp.zeros((*count.shape, width + 2), jnp.int32)  # a place more than is used, for the end to be written to
+    begun = jnp.zeros((), jnp.int32), nothing, way, nothing, state.running, replace(state, cache=None)
+    _, _, way, tried, _, ended = jax.lax.while_loop(lambda carry: carry[4].any(), follow, begun)
+    way, made = way[:, : width + 1], ended.lengths - had
+    if path is not None:
+        guess = picked(guess, way[:, 1:] - 1)
+        hidden = None if hidden is None else picked(hidden, way)
+    cache, full = settle(cache, seen, made, None if path is None else way)
     reason = jnp.where(full & state.running, NOT_FINITE, ended.reason)
     state = replace(ended, cache=cache, reason=reason, step=state.step + 1)
     hit = jnp.maximum(made - 1, 0)
-    tried = jnp.minimum(hit + 1, count)
     keep = jnp.where(count > 0, MEMORY, FORGIVING)
     spec = replace(
         spec,
@@ -301,35 +320,46 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     )
     last = jnp.arange(width + 1)[None] == (made - 1)[:, None]
     new = jnp.where(last, state.pending[:, None], jnp.pad(guess, ((0, 0), (0, 1))))
-    return grown(spec, new, made)
+    return kept(grown(spec, new, made), hidden, made)
+
+
+def _room(spec: Speculation, rules: Rules) -> Int[Array, "batch"]:
+    """Guesses one after the other that a row can have right."""
+    state = spec.state
+    room = jnp.where(state.running & spec.wanted, rules.limit - state.lengths - 1, 0)  # none after the last token
+    if (bound := steady(state.cache)) is not None:
+        room = jnp.minimum(room, bound - 1)
+    return jnp.maximum(room, 0)
 
 
 def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[int, ...]) -> Speculation:
     """The next guesses, and how many of them are worth checking."""
-    state, view = spec.state, view_of(spec, rules)
+    state, view, room = spec.state, view_of(spec, rules), _room(spec, rules)
     own = draft.observe(spec.own, view)
-    room = jnp.where(
-        state.running & spec.wanted, rules.limit - state.lengths - 1, 0
-    )  # the last token needs no guess after it
-    if (bound := steady(state.cache)) is not None:
-        room = jnp.minimum(room, bound - 1)
-    room = jnp.maximum(room, 0)
     chance = (spec.right + PRIOR[0]) / (spec.checked + PRIOR[1])
-    sizes = jnp.array(widths, jnp.int32)
-    want = sizes[_best(chance, room, state.running, costs, widths)]
+    sizes, nth = jnp.array(widths, jnp.int32), jnp.arange(draft.most)[None]
+    chain = jnp.cumprod(jnp.broadcast_to(chance[:, None], (*chance.shape, draft.most)), axis=1)
+    want = sizes[_best(jnp.where(nth < room[:, None], chain, 0.0), state.running, costs, widths)]
     guess, count, own = draft.propose(own, view, want)
+    parent, hope, deep = None, chain, nth + 1
+    if spec.parent is not None:
+        guess, parent = guess.guess, jnp.clip(guess.parent, -1, nth - 1)  # or a way would miss its parent
+        path = paths(parent)
+        hope, deep = hopes(chance, parent, path), (path >= 0).sum(2)[:, 1:] - 1
     none = (guess < 0) | (guess >= state.seen.shape[1])
     count = jnp.minimum(count, jnp.where(none.any(1), jnp.argmax(none, axis=1).astype(jnp.int32), draft.most))
-    count = jnp.minimum(jnp.where(state.running, count, 0), room)
-    choice = _best(chance, count, state.running, costs, widths)
-    return replace(spec, own=own, guess=guess, count=jnp.minimum(count, sizes[choice]), choice=choice)
+    count = jnp.where(state.running & (room > 0), count, 0)
+    if parent is None:
+        count = jnp.minimum(count, room)
+    able = (nth < count[:, None]) & (deep <= room[:, None])
+    choice = _best(jnp.where(able, hope, 0.0), state.running, costs, widths)
+    spec = replace(spec, own=own, guess=guess, parent=parent)
+    return replace(spec, count=jnp.minimum(count, sizes[choice]), choice=choice)
 
 
-def _best(chance: Float[Array, "batch"], count: Int[Array, "batch"], running, costs, widths: tuple[int, ...]):
-    """The number of guesses that makes the most tokens for its cost, if a row's next guess is right with `chance`."""
-    power = jnp.cumprod(jnp.broadcast_to(chance[:, None], (*chance.shape, max(widths))), axis=1)
-    able = jnp.arange(1, max(widths) + 1)[None] <= count[:, None]
-    sums = jnp.cumsum(jnp.where(able, power, 0.0), axis=1)
-    sums = jnp.concatenate([jnp.zeros((chance.shape[0], 1)), sums], axis=1)[:, jnp.array(widths)]
+def _best(hope: Float[Array, "batch most"], running, costs, widths: tuple[int, ...]):
+    """The number of guesses that makes the most tokens for its cost, if each is kept as often as `hope` says."""
+    sums = jnp.cumsum(hope, axis=1)
+    sums = jnp.concatenate([jnp.zeros((hope.shape[0], 1)), sums], axis=1)[:, jnp.array(widths)]
     expected = jnp.where(running[:, None], 1 + sums, 0.0).sum(0)
     return jnp.argmax(expected / costs).astype(jnp.int32)

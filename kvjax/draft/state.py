@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.decode.sampling import Rules
 from kvjax.decode.state import State
-from kvjax.draft.base import Draft, View
+from kvjax.draft.base import Draft, View, makes_trees, wants_hidden
+from kvjax.model import Transformer
 from kvjax.pytree import pytree
 
 
@@ -21,6 +22,8 @@ class Speculation:
     """A speculating generation under way: what `State` is for `generate`, the draft's state and the next guesses.
 
     `text` holds each row's prompt and new tokens, `length` of them; rows that are not `wanted` are guessed nothing.
+    `parent` is as in `Tree`, None where the draft makes none.
+    `hidden` and `fresh` are as in `View`, None where the draft does not ask for them.
     """
 
     state: State
@@ -28,6 +31,7 @@ class Speculation:
     text: Int[Array, "batch size"]
     length: Int[Array, "batch"]
     guess: Int[Array, "batch most"]
+    parent: Int[Array, "batch most"] | None
     count: Int[Array, "batch"]
     choice: Int[Array, ""]
     right: Float[Array, "batch"]
@@ -36,6 +40,8 @@ class Speculation:
     accepted: Int[Array, "batch"]
     rounds: Int[Array, "choices"]
     wanted: Bool[Array, "batch"]
+    hidden: Float[Array, "batch checked hidden"] | None
+    fresh: Int[Array, "batch"] | None
 
     @property
     def running(self) -> Bool[Array, "batch"]:
@@ -51,10 +57,11 @@ def widths(draft: Draft) -> tuple[int, ...]:
 
 
 def blank(
-    draft: Draft | None, state: State, text: Int[Array, "batch size"], length: Int[Array, "batch"]
+    model: Transformer, draft: Draft | None, state: State, text: Int[Array, "batch size"], length: Int[Array, "batch"]
 ) -> Speculation:
     """Before the first round of a draft, or, with None, of no draft at all."""
     batch, size = text.shape
+    seen = None if draft is None or not wants_hidden(draft) else (batch, draft.most + 1, model.config.hidden)
     zeros = partial(np.zeros, dtype=np.int32)
     return Speculation(
         state=state,
@@ -62,6 +69,7 @@ def blank(
         text=text,
         length=length,
         guess=jnp.asarray(zeros((batch, 0 if draft is None else draft.most))),
+        parent=jnp.asarray(zeros((batch, draft.most)) - 1) if draft is not None and makes_trees(draft) else None,
         count=jnp.asarray(zeros(batch)),
         choice=jnp.asarray(zeros(())),
         right=jnp.asarray(np.zeros(batch, np.float32)),
@@ -70,6 +78,8 @@ def blank(
         accepted=jnp.asarray(zeros(batch)),
         rounds=jnp.asarray(zeros(1 if draft is None else len(widths(draft)))),
         wanted=jnp.asarray(np.ones(batch, bool)),
+        hidden=None if seen is None else jnp.asarray(np.zeros(seen, model.precision.compute)),
+        fresh=None if seen is None else jnp.asarray(zeros(batch)),
     )
 
 
@@ -93,5 +103,7 @@ def view_of(spec: Speculation, rules: Rules) -> View:
         seen=state.seen,
         counts=state.counts,
         rules=rules,
+        hidden=spec.hidden,
+        fresh=spec.fresh,
         ruled=state.ruled,
     )

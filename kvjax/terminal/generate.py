@@ -33,9 +33,10 @@ def run(command: Generate) -> int:
         raise ValueError("the prompt is empty" + (" (nothing came on standard input)" if command.prompt == "-" else ""))
     if command.n != 1 or command.beam:
         check_several(command)
-    draft = parse_draft(command.draft) if command.draft else None
+    make = parse_draft(command.draft) if command.draft else None
     compiled = parse_grammar(command.schema, command.regex)
     session = open_session(command.where)
+    draft = None if make is None else make(session)
     ids = _encode(session, prompt, command.raw)
     capacity = room_for(session, command.where, len(ids), command.max_new)
     cache = new_cache(session, capacity)

@@ -17,7 +17,8 @@ from kvjax.cache import STRATEGIES, Cache, Strategy
 from kvjax.cli import Choice, Where
 from kvjax.compiler import persist
 from kvjax.decode import Sampling
-from kvjax.draft import Draft, DraftModel, PromptLookup
+from kvjax.draft import Draft, DraftModel, PromptLookup, load_draft
+from kvjax.draft.kept import draft_kind
 from kvjax.grammar import Grammar, json_schema, regex
 from kvjax.model import Params, Transformer
 from kvjax.paths import cache_dir
@@ -83,30 +84,41 @@ def parse_strategy(text: str) -> Strategy:
         raise ValueError(f"--cache: {text!r} has a setting of the wrong type: {error}") from error
 
 
-def parse_draft(text: str) -> Draft:
-    """A draft from `lookup` or `model:PATH`, and its settings after commas: `lookup:k=5`, `model:smollm2,k=3`.
+DRAFTS = {"lookup": ("k", "longest", "shortest"), "model": ("k",), "heads": ("k",), "early-exit": ("k",)}
+"""Kinds of drafts, and their settings."""
+
+
+def parse_draft(text: str) -> Callable[[Session], Draft]:
+    """What makes a draft for a session: `lookup:k=5`, `model:PATH,k=3`, `heads:PATH`, `early-exit:PATH`.
 
     Raises:
-        ValueError: naming what is not known, and what is.
+        ValueError: for what is not known, with what is. What is made raises it for a draft that is not for the model.
     """
     name, _, rest = text.partition(":")
-    if name not in ("lookup", "model"):
-        raise ValueError(
-            f"--draft: expected `lookup` or `model:PATH`, got {text!r}{_nearest(name, ('lookup', 'model'))}"
-        )
-    path, *parts = rest.split(",") if name == "model" else ("", *filter(None, rest.split(",")))
-    known, chosen = ("k",) if name == "model" else ("k", "longest", "shortest"), {}
+    if name not in DRAFTS:
+        known = "`lookup`, `model:PATH`, `heads:PATH` or `early-exit:PATH`"
+        raise ValueError(f"--draft: expected {known}, got {text!r}{_nearest(name, DRAFTS)}")
+    path, *parts = ("", *filter(None, rest.split(","))) if name == "lookup" else rest.split(",")
+    chosen = {}
     for part in parts:
         key, _, value = part.partition("=")
-        if key not in known or not value.isdecimal():
-            raise ValueError(f"--draft: {name} has the settings {', '.join(known)}, whole numbers, got {part!r}")
+        if key not in DRAFTS[name] or not value.isdecimal():
+            known = ", ".join(DRAFTS[name])
+            raise ValueError(f"--draft: {name} has the settings {known}, whole numbers, got {part!r}")
         chosen[key] = int(value)
     if name == "lookup":
-        return PromptLookup(**chosen)
+        lookup = PromptLookup(**chosen)
+        return lambda session: lookup
     if not path:
-        raise ValueError("--draft: `model` needs a path or a hub id after the colon, as in model:smollm2")
-    model, params, _ = kvjax.load(path)
-    return DraftModel(model, params, **chosen)
+        what = (
+            "a path or a hub id after the colon, as in model:smollm2" if name == "model" else "a path after the colon"
+        )
+        raise ValueError(f"--draft: `{name}` needs {what}")
+    if name == "model":
+        return lambda session: DraftModel(*kvjax.load(path)[:2], **chosen)
+    if (kind := draft_kind(path)) != name:
+        raise ValueError(f"--draft: {path} is a draft of the kind {kind!r}, got {text!r}")
+    return lambda session: load_draft(path, session.model, session.params, **chosen)
 
 
 def parse_grammar(schema: str, pattern: str) -> Callable[[Tokenizer], Grammar] | None:

@@ -14,7 +14,7 @@ from kvjax.batch import Cancel, Request, Settings, steps
 from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared
 from kvjax.cache.prefix import POLICIES
 from kvjax.decode.grammars import table_bytes
-from kvjax.draft import DraftModel, PromptLookup
+from kvjax.draft import DraftModel, EarlyExit, Heads, PromptLookup
 from kvjax.grammar import regex
 from tests.batch.requests import CAPACITY, KEY, MAX_NEW, alone, several
 from tests.compiles import Compiles
@@ -74,7 +74,13 @@ def test_too_few_pages_for_all(preempt, store):
 
 
 @pytest.mark.parametrize(
-    "strategy", [Dense(), Ring(), Quantized(8, residual=8), Evicting(CAPACITY)], ids=lambda s: type(s).__name__
+    "strategy",
+    [
+        Dense(),
+        Ring(),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (Quantized(8, residual=8), Evicting(CAPACITY))),
+    ],
+    ids=lambda s: type(s).__name__,
 )
 def test_rows_of_any_cache(strategy):
     requests = several(1, 9)
@@ -83,28 +89,59 @@ def test_rows_of_any_cache(strategy):
     all_free(after)
 
 
-@pytest.mark.parametrize("draft", ["lookup", "model"])
-def test_with_guesses(draft):
+def drafts():
     model, params = tiny()
-    guessing = PromptLookup(k=3, shortest=1) if draft == "lookup" else DraftModel(model, params, k=2)
+    ids = np.arange(61, dtype=np.int32)
+    return {
+        "lookup": PromptLookup(k=3, shortest=1),
+        "model": DraftModel(model, params, k=2),
+        "heads": Heads.of(model, params, trained=Heads.fresh(model, params, ids, jax.random.key(2)), k=2),
+        "exit": EarlyExit.of(model, params, layers=1, exit=EarlyExit.fresh(model, params, ids), k=2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("draft", "preempt"),
+    [("lookup", "offload"), ("model", "offload"), ("heads", "offload"), ("heads", "recompute"), ("exit", "recompute")],
+)
+def test_with_guesses(draft, preempt):
     requests = [replace(r, speculate=r.name != 3) for r in several(2, 9)]
-    settings = {"draft": guessing, "costs": [1.0] * 3}
-    results, after = served(opened(preempt="offload", **settings), requests)
+    settings = {"draft": drafts()[draft], "costs": [1.0] * 3}
+    results, after = served(opened(preempt=preempt, **settings), requests)
     right(results, requests)
     all_free(after)
     assert results[3].proposed == 0
-    assert sum(r.accepted for r in results.values()) > 0
+    assert sum(r.proposed for r in results.values()) > 0
     if draft == "model":  # it is the target itself: what it has kept of a row's last request would make it wrong
         plain = [results[r.name] for r in requests if r.sampling == Sampling() and r.speculate]
         assert len(plain) > 1 and all(r.accepted == r.proposed for r in plain)
+
+
+@pytest.mark.parametrize("draft", ["lookup", "model", "heads", "exit"])
+def test_a_draft_keeps_nothing_of_who_sat_there_before(draft):
+    """In a slot that was another's a request has the guesses, right and wrong, that it has in a new one."""
+    first, second = [Request(name, tokens, 12) for name, tokens in (("a", [5, 9, 5, 9, 5]), ("b", [7, 3, 7, 3, 7, 3]))]
+    settings = {"slots": 1, "draft": drafts()[draft], "costs": [1.0] * 3}
+    had, _ = served(opened(**settings), [first, second])
+    alone, _ = served(opened(**settings), [second])
+    assert alone["b"].proposed > 0
+    assert (had["b"].proposed, had["b"].accepted) == (alone["b"].proposed, alone["b"].accepted)
 
 
 SMALL_WORDS = small_tokenizer()
 PAIRS, LETTERS, ENDED = (regex(text, SMALL_WORDS) for text in ("(ab|cd){6,9}", "[a-c]{2}(d[a-c]{1,3})*", "a?b?c"))
 
 
-@pytest.mark.parametrize("preempt", ["recompute", "offload"])
-@pytest.mark.parametrize("draft", [None, PromptLookup(k=3, shortest=1)], ids=["plain", "guesses"])
+@pytest.mark.parametrize(
+    ("draft", "preempt"),
+    [
+        (None, "offload"),
+        (PromptLookup(k=3, shortest=1), "recompute"),
+        pytest.param(None, "recompute", marks=pytest.mark.slow),
+        pytest.param(PromptLookup(k=3, shortest=1), "offload", marks=pytest.mark.slow),
+    ],
+    ids=["plain-offload", "guesses-recompute", "plain-recompute", "guesses-offload"],
+)
 def test_grammars_of_rows(preempt, draft):
     """Rows with grammars, some the same, beside rows without any, leave and come back."""
     grammars = (PAIRS, None, LETTERS, None, ENDED, PAIRS, LETTERS)

@@ -18,7 +18,7 @@ from kvjax.draft import DraftModel, PromptLookup, speculate, speculation, widths
 from kvjax.draft.base import View
 from kvjax.pytree import pytree, static
 from tests.compiles import Compiles
-from tests.strategies import CACHES, CHUNKED
+from tests.strategies import CACHES, CHUNKED, crossed
 from tests.tiny import prompts, tiny
 from tests.tiny_model import bytes_tokenizer
 
@@ -72,7 +72,7 @@ def same(got, wanted):
     np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=2e-4)
 
 
-@pytest.mark.parametrize("cache", [name for name in CACHES if "Paged" not in name])
+@pytest.mark.parametrize("cache", crossed(name for name in CACHES if "Paged" not in name))
 def test_wrong_guesses_leave_nothing_behind(cache):
     """Every buffer of the cache is what it is when only the right tokens ever came."""
     one = {"lengths": None, "tokens": TOKENS[:, :1]} if cache in CHUNKED else {}  # the prompt itself in one way
@@ -234,7 +234,7 @@ def test_the_cache_stays_in_place():
     cache = Dense().init(model, batch=2, capacity=4096)
     state = kvjax.decode.begin(cache, jnp.zeros(2, jnp.int32), jnp.zeros((2, 61), bool), 16)
     draft = PromptLookup(k=3)
-    spec = speculation._begin(draft, state, np.ones((2, 1), np.int32), np.ones(2, np.int32), False)
+    spec = speculation._begin(model, draft, state, np.ones((2, 1), np.int32), np.ones(2, np.int32), False)
     rules = kvjax.decode.rules(Sampling(), batch=2, vocab=61, max_new=16)
     costs = jnp.ones(3)
     program = speculation.advance.lower(model, params, draft, spec, rules, costs, 9, widths=widths(draft)).compile()

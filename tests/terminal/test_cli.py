@@ -298,10 +298,11 @@ def test_a_draft_changes_the_pace_and_not_the_answer(generate, model, how):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("lokup", "expected `lookup` or `model:PATH`, got 'lokup'; did you mean 'lookup'?"),
+        ("lokup", "got 'lokup'; did you mean 'lookup'?"),
         ("lookup:n=3", "lookup has the settings k, longest, shortest, whole numbers, got 'n=3'"),
         ("lookup:k=0", "`k` must be at least 1"),
         ("model", "`model` needs a path"),
+        ("heads", "`heads` needs a path"),
     ],
 )
 def test_a_draft_that_is_none_is_refused_with_a_sentence(generate, how, words):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kvjax.cache.ahead import one_by_one
+from kvjax.cache.ahead import one_by_one, picked
 from kvjax.cache.attention import Mask, attend, by_head, merge, queries_by_head, queries_together
 from kvjax.cache.evict.knobs import Knobs, budgets, ranked, safe, vacant
 from kvjax.cache.evict.score import Score
@@ -80,8 +80,19 @@ class ByHead(ABC):
         found = self._look(queries_by_head(q, heads), jnp.repeat(positions, heads, axis=0), mask)
         return tuple(queries_together(part, heads) for part in found)
 
-    def ahead(self, q, k, v, positions, valid, mask: Mask):
-        return one_by_one(self, q, k, v, positions, valid, mask)[:2]
+    def ahead(self, q, k, v, positions, valid, mask: Mask, path=None):
+        """A node of a tree after the other, each from the start: what is held depends on the way to it."""
+        if path is None:
+            return one_by_one(self, q, k, v, positions, valid, mask)[:2]
+
+        def last(way: Int[Array, "batch width"]):
+            *new, real = (picked(x, way) for x in (q, k, v, positions, valid))
+            seen = one_by_one(self, *new, real & (way >= 0), mask)[:2]
+            end = (way >= 0).sum(1, keepdims=True) - 1
+            return tuple(picked(x, end)[:, 0] for x in seen)
+
+        out, lse = jax.lax.map(last, path.swapaxes(0, 1))
+        return out.swapaxes(0, 1), lse.swapaxes(0, 1)
 
     def steady(self) -> None:
         return None
