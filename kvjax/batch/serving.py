@@ -259,11 +259,11 @@ def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[R
     with_model, with_params = settings.prefill or (model, params)
     now = watch(serving.slots)
     for row in np.flatnonzero(now.filling).tolist():
+        if serving.seated[row] is None:  # it has given way to one before it
+            continue
         left = int(now.goal[row] - now.held[row])
         taken = min(left, settings.chunk, feed_width(left, settings.chunk, serving.slots.capacity))
         lengths = _alone(serving, row, taken)
-        if serving.seated[row] is None:  # it has given way to one before it
-            continue
         serving, good = _roomy(serving, lengths)
         if not good:  # one that ended with its first token leaves before another has to
             serving, ended = _finished(serving, time)

@@ -7,14 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kvjax.config import ModelConfig
-from kvjax.draft.base import View, wants_hidden
-from kvjax.draft.tree import check_chains
+from kvjax.draft.base import View
+from kvjax.draft.several import Several
 from kvjax.pytree import pytree
 
 
 @pytree
-class Chain:
+class Chain(Several):
     """Each row has the guesses of the first of `drafts` that has any for it.
 
     Raises:
@@ -23,25 +22,9 @@ class Chain:
 
     drafts: tuple[Any, ...]
 
-    def __post_init__(self):
-        if isinstance(self.drafts, tuple) and not self.drafts:
-            raise ValueError("Chain: `drafts` must name at least one, got ()")
-        check_chains("Chain", self.drafts)
-
     @property
     def most(self) -> int:
         return max(draft.most for draft in self.drafts)
-
-    @property
-    def wants_hidden(self) -> bool:
-        return any(wants_hidden(draft) for draft in self.drafts)
-
-    def check(self, target: ModelConfig) -> None:
-        for draft in self.drafts:
-            draft.check(target)
-
-    def init(self, batch: int, size: int) -> tuple[Any, ...]:
-        return tuple(draft.init(batch, size) for draft in self.drafts)
 
     def propose(self, own: tuple[Any, ...], view: View, want: Int[Array, ""]):
         guess = jnp.full((view.length.shape[0], self.most), -1, jnp.int32)
@@ -54,6 +37,3 @@ class Chain:
             count = jnp.where(count == 0, found, count)
             after.append(state)
         return guess, count, tuple(after)
-
-    def observe(self, own: tuple[Any, ...], view: View) -> tuple[Any, ...]:
-        return tuple(draft.observe(state, view) for draft, state in zip(self.drafts, own, strict=True))

@@ -84,7 +84,7 @@ def _harvest(model, params, tokens, start, width: int, layer: int | None):
     head = head_rows(params, model.config, jnp.arange(model.config.vocab))
 
     def one(row):
-        logits = capped((row @ head.T.astype(row.dtype)).astype(jnp.float32), model.config)
+        logits = _logits(model, row, head)
         return jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     mass, best = jax.lax.map(one, hidden)
@@ -272,7 +272,7 @@ def _wanted(model: Transformer, fixed: dict[str, Array], text: Text) -> Float[Ar
     return jnp.exp(_logits(model, hidden, fixed["head"]) - jnp.asarray(text.mass)[:, 1:, None])
 
 
-def _logits(model: Transformer, hidden, head) -> Float[Array, "rows pairs some"]:
+def _logits(model: Transformer, hidden, head) -> Float[Array, "*places some"]:
     return capped((hidden @ head.T.astype(hidden.dtype)).astype(jnp.float32), model.config)
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.config import ModelConfig
 from kvjax.decode.prompts import traced
-from kvjax.draft.base import View, makes_trees, wants_hidden
+from kvjax.draft.base import View
+from kvjax.draft.several import Several
 from kvjax.pytree import pytree
 
 
@@ -64,7 +64,7 @@ def hopes(
 
 
 @pytree
-class Branches:
+class Branches(Several):
     """The guesses of all `drafts` at once, those of the first first; equal beginnings are merged.
 
     `Branches((PromptLookup(k=4), PromptLookup(k=3, skip=1)))` has the latest match and the latest that differs from it.
@@ -75,11 +75,6 @@ class Branches:
 
     drafts: tuple[Any, ...]
 
-    def __post_init__(self):
-        if isinstance(self.drafts, tuple) and not self.drafts:
-            raise ValueError("Branches: `drafts` must name at least one, got ()")
-        check_chains("Branches", self.drafts)
-
     @property
     def most(self) -> int:
         return sum(draft.most for draft in self.drafts)
@@ -87,17 +82,6 @@ class Branches:
     @property
     def makes_trees(self) -> bool:
         return True
-
-    @property
-    def wants_hidden(self) -> bool:
-        return any(wants_hidden(draft) for draft in self.drafts)
-
-    def check(self, target: ModelConfig) -> None:
-        for draft in self.drafts:
-            draft.check(target)
-
-    def init(self, batch: int, size: int) -> tuple[Any, ...]:
-        return tuple(draft.init(batch, size) for draft in self.drafts)
 
     def propose(self, own: tuple[Any, ...], view: View, want: Int[Array, ""]):
         blank = jnp.full((view.length.shape[0], self.most), -1, jnp.int32)
@@ -107,15 +91,6 @@ class Branches:
             tree, count = merged(tree, count, guess, found)
             after.append(state)
         return tree, count, tuple(after)
-
-    def observe(self, own: tuple[Any, ...], view: View) -> tuple[Any, ...]:
-        return tuple(draft.observe(state, view) for draft, state in zip(self.drafts, own, strict=True))
-
-
-def check_chains(name: str, drafts: Any) -> None:
-    """Raise ValueError if one of `drafts` makes trees."""
-    if isinstance(drafts, tuple) and (trees := [type(draft).__name__ for draft in drafts if makes_trees(draft)]):
-        raise ValueError(f"{name}: `drafts` must guess one token after the other, got {', '.join(trees)}")
 
 
 def merged(
