@@ -145,7 +145,7 @@ def compare(model, params, prompts, batch: int, drafts: Mapping[str, Draft], new
     Returns:
         By name: each turn's `Timing`, rows that differed from `generate`'s in the last, and the measured costs.
     """
-    capacity = -(-(max(map(len, prompts)) + new) // 256) * 256
+    capacity = -(-(max(map(len, prompts)) + new) // 64) * 64
     timings: dict[str, list[Timing]] = {name: [] for name in (PLAIN, *drafts)}
     costs: dict[str, np.ndarray | None] = dict.fromkeys(timings)
     differing = dict.fromkeys(timings, 0)

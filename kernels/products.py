@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+FEW = 16
 MANY = 256
 """Slots above which a CPU multiplies values by one query's weights at a time (4 ms a token at 1,089 slots)."""
 
@@ -25,7 +26,7 @@ def scores(
         ]
         return jnp.stack(each, axis=1)
 
-    if q.shape[1] > 8:
+    if q.shape[0] * q.shape[1] > FEW:
         return together(q, k)
     return jax.lax.platform_dependent(q, k, cpu=one_by_one, default=together)
 
@@ -45,6 +46,6 @@ def mix(
         ]
         return jnp.stack(each, axis=1)
 
-    if weights.shape[1] > 8 or weights.shape[2] <= MANY:
+    if weights.shape[0] * weights.shape[1] > FEW or weights.shape[2] <= MANY:
         return together(weights, v)
     return jax.lax.platform_dependent(weights, v, cpu=one_by_one, default=together)

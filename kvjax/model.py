@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.cache.attention import Mask, attend, by_head
 from kvjax.cache.base import Attends, Cache
+from kvjax.compact import Compact
 from kvjax.config import ModelConfig, Precision
 from kvjax.product import product
 from kvjax.rope import rotate
@@ -73,7 +74,10 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with their residuals; the layer's cache answers the attention."""
+    """Attention and MLP with their residuals; the layer's cache answers the attention.
+
+    With `places`, `x` has those tokens only, in one row, and attention is given rows again.
+    """
 
     config: ModelConfig
     precision: Precision
@@ -82,21 +86,24 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch width hidden"],
+        x: Float[Array, "rows tokens hidden"],
         positions: Int[Array, "batch width"],
         valid: Bool[Array, "batch width"],
         layer: Attends | None,
-    ) -> tuple[Float[Array, "batch width hidden"], Attends | None]:
+        places: Compact | None = None,
+    ) -> tuple[Float[Array, "rows tokens hidden"], Attends | None]:
         c = self.config
-        out, layer = self._attention(Norm(c, name="attention_norm")(x), positions, valid, layer)
+        out, layer = self._attention(Norm(c, name="attention_norm")(x), positions, valid, layer, places)
         x = x + (Norm(c, name="post_attention_norm")(out) if c.post_norms else out)
         out = self._mlp(Norm(c, name="mlp_norm")(x))
         return x + (Norm(c, name="post_mlp_norm")(out) if c.post_norms else out), layer
 
-    def _attention(self, x, positions, valid, layer):
-        c, (batch, width, _) = self.config, x.shape
+    def _attention(self, x, positions, valid, layer, places):
+        c, (batch, width) = self.config, positions.shape
         q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
         qkv = Linear(q_size + 2 * kv_size, c.qkv_bias, self.precision, name="qkv")(x)
+        if places is not None:
+            qkv = places.spread(qkv)
         q, k, v = jnp.split(qkv, (q_size, q_size + kv_size), axis=-1)
         q = q.reshape(batch, width, c.heads, c.head_dim)
         k = k.reshape(batch, width, c.kv_heads, c.head_dim)
@@ -113,6 +120,8 @@ class Block(nn.Module):
         else:
             out, _, layer = layer.attend(q, k, v, positions, valid, mask)
         out = out.reshape(batch, width, q_size)
+        if places is not None:
+            out = places.gathered(out)
         return Linear(c.hidden, c.out_bias, self.precision, name="out")(out), layer
 
     def _mlp(self, x):
@@ -145,7 +154,8 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         *,
         last: bool = False,
-    ) -> tuple[Float[Array, "batch width vocab"] | Float[Array, "batch vocab"], Cache | None]:
+        places: Compact | None = None,
+    ) -> tuple[Float[Array, "rows tokens vocab"] | Float[Array, "batch vocab"], Cache | None]:
         """Score the next token after each position.
 
         Args:
@@ -153,9 +163,10 @@ class Transformer(nn.Module):
             lengths: real tokens a row, `0 <= lengths <= width`; all of them if None.
             cache: what came before; the row continues at `cache.length`. None starts at 0 and keeps nothing.
             last: score only each row's last real token, which saves most of the head's work.
+            places: `compact(lengths, …)`, to compute nothing but attention for padding; each token needs a place.
         Returns:
-            Logits in `precision.logits` (`[batch, vocab]` if `last`), NaN in a row whose cache has no room, which
-            then stays as it is, and the cache holding the new tokens.
+            Logits in `precision.logits` (`[batch, vocab]` if `last`, `[1, places, vocab]` with `places`), NaN in a
+            row whose cache has no room, which then stays as it is, and the cache holding the new tokens.
         """
         c, p = self.config, self.precision
         batch, width = tokens.shape
@@ -169,13 +180,16 @@ class Transformer(nn.Module):
         valid = offset < lengths[:, None]
 
         embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab, c.hidden), p.params)
+        if places is not None:
+            tokens = places.gathered(tokens)
         x = jnp.take(embed, jnp.where(tokens < 0, c.vocab, tokens), axis=0).astype(p.compute)  # NaN past the table
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, p.compute)
         if c.rope is None:
             shape = (c.max_positions, c.hidden)
             table = self.param("positions", nn.initializers.normal(0.02), shape, p.params)
-            x = x + jnp.take(table, positions, axis=0, mode="clip").astype(p.compute)
+            at = positions if places is None else places.gathered(positions)
+            x = x + jnp.take(table, at, axis=0, mode="clip").astype(p.compute)
 
         blocks = [Block(c, p, window, parent=None) for window in c.windows]
         params = self.get_variable("params", "layers")  # `self.param` would trace every layer's initializer again
@@ -183,10 +197,11 @@ class Transformer(nn.Module):
             params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)
         layers: list[Attends | None] = [None] * c.layers if cache is None else list(cache.layers)
         for i, block in enumerate(blocks):
-            x, layers[i] = _apply_block(block, params[i], x, positions, valid, layers[i])
+            x, layers[i] = _apply_block(block, params[i], x, positions, valid, layers[i], places)
             self.sow(HIDDEN, f"layer_{i}", x)
 
         if last:
+            x = x if places is None else places.spread(x)
             x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         x = Norm(c, name="norm")(x)
         self.sow(HIDDEN, "final", x)
@@ -198,8 +213,10 @@ class Transformer(nn.Module):
             logits = logits[:, 0]
         if cache is None:
             return logits, None
-        full = full.reshape(batch, *(1,) * (logits.ndim - 1))
-        return jnp.where(full, jnp.nan, logits), cache.closed(tuple(layers), lengths)
+        if not last:
+            full = jnp.broadcast_to(full[:, None], (batch, width))
+            full = full if places is None else places.gathered(full)
+        return jnp.where(full[..., None], jnp.nan, logits), cache.closed(tuple(layers), lengths)
 
 
 def cached(
@@ -222,21 +239,23 @@ def with_hidden(
     cache: Cache | None,
     *,
     last: bool = False,
-) -> tuple[Any, Cache | None, Float[Array, "batch scored hidden"], tuple[Float[Array, "batch width hidden"], ...]]:
+    places: Compact | None = None,
+) -> tuple[Any, Cache | None, Float[Array, "rows scored hidden"], tuple[Float[Array, "rows tokens hidden"], ...]]:
     """The model's logits and cache, what its head saw, and what each of its layers gave.
 
     Inside `jit`, what is not used of these costs nothing.
     """
-    (logits, cache), kept = model.apply({"params": params}, tokens, lengths, cache, last=last, mutable=[HIDDEN])
+    call = partial(model.apply, {"params": params}, last=last, places=places, mutable=[HIDDEN])
+    (logits, cache), kept = call(tokens, lengths, cache)
     hidden = kept[HIDDEN]
     layers = tuple(hidden[f"layer_{i}"][0] for i in range(model.config.layers))
     return logits, cache, hidden["final"][0], layers
 
 
 @partial(jax.jit, static_argnames="block")
-def _apply_block(block: Block, params: Params, x, positions, valid, layer):
+def _apply_block(block: Block, params: Params, x, positions, valid, layer, places):
     """One layer, traced once for all that are alike; XLA still sees every layer unrolled."""
-    return cast("tuple[Array, Attends | None]", block.apply({"params": params}, x, positions, valid, layer))
+    return cast("tuple[Array, Attends | None]", block.apply({"params": params}, x, positions, valid, layer, places))
 
 
 @partial(jax.jit, static_argnames="model")

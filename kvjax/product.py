@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-FEW_ROWS = 8
+FEW_ROWS = 32
 SMALL = 1 << 19
 """Weights of a kernel below which XLA multiplies a vector by it on one core of a CPU."""
 

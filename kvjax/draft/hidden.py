@@ -8,14 +8,15 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
+from kvjax.compact import Compact
 from kvjax.model import with_hidden
 
 
-def scored(model, params, spec: Any, tokens, lengths, cache, *, last: bool):
+def scored(model, params, spec: Any, tokens, lengths, cache, *, last: bool, places: Compact | None = None):
     """Logits, the cache after, and what the head saw, None where no draft asks."""
     if spec.hidden is not None:
-        return with_hidden(model, params, tokens, lengths, cache, last=last)[:3]
-    return *model.apply({"params": params}, tokens, lengths, cache, last=last), None
+        return with_hidden(model, params, tokens, lengths, cache, last=last, places=places)[:3]
+    return *model.apply({"params": params}, tokens, lengths, cache, last=last, places=places), None
 
 
 def kept(spec: Any, hidden, made: Int[Array, "batch"]) -> Any:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from kvjax.cache.ahead import ahead, picked, settle, steady
 from kvjax.cache.base import Cache
+from kvjax.compact import compact
 from kvjax.decode import state as decoding
 from kvjax.decode.generation import Begun, Output, Step, finish, start
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
@@ -27,7 +28,7 @@ from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
 from kvjax.decode.state import NOT_FINITE, State, emit, emit_at
 from kvjax.draft.base import Draft
 from kvjax.draft.hidden import kept, scored
-from kvjax.draft.state import Speculation, blank, grown, view_of, widths
+from kvjax.draft.state import Speculation, blank, grown, tokens_checked, view_of, widths
 from kvjax.draft.tree import hopes, paths
 from kvjax.model import Params, Transformer
 from kvjax.pytree import pytree
@@ -282,12 +283,21 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
         path = paths(spec.parent[:, :width])
     tokens = jnp.concatenate([state.pending[:, None], jnp.where(real, guess, 0)], axis=1)
     taken = jnp.where(state.running, 1 + count, 0)
-    logits, seen, hidden = scored(model, params, spec, tokens, taken, ahead(cache, path), last=False)
+    total = tokens_checked(count.shape[0], width)
+    places = None if total == tokens.size else compact(taken, width + 1, total)
+    logits, seen, hidden = scored(model, params, spec, tokens, taken, ahead(cache, path), last=False, places=places)
+    if places is not None and hidden is not None:
+        hidden = places.spread(hidden)
     room = _room(spec, rules)
+
+    def after(at: Int[Array, "batch"]) -> Float[Array, "batch vocab"]:
+        if places is None:
+            return picked(logits, at[:, None])[:, 0]
+        return jnp.take(logits[0], picked(places.place, at[:, None])[:, 0], axis=0, mode="clip")
 
     def follow(carry: tuple[Any, ...]):
         j, at, way, tried, agreeing, state = carry
-        new = emit_at(state, rules, picked(logits, at[:, None])[:, 0], cache.length + 1 + j, agreeing)
+        new = emit_at(state, rules, after(at), cache.length + 1 + j, agreeing)
         children = real & (above == at[:, None]) & (agreeing & (j < room))[:, None]
         right = children & (guess == new.pending[:, None])
         next_one = jnp.where(right.any(1), jnp.argmax(right, axis=1).astype(jnp.int32), width)
@@ -339,7 +349,7 @@ def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[in
     chance = (spec.right + PRIOR[0]) / (spec.checked + PRIOR[1])
     sizes, nth = jnp.array(widths, jnp.int32), jnp.arange(draft.most)[None]
     chain = jnp.cumprod(jnp.broadcast_to(chance[:, None], (*chance.shape, draft.most)), axis=1)
-    want = sizes[_best(jnp.where(nth < room[:, None], chain, 0.0), state.running, costs, widths)]
+    want = sizes[_best(jnp.where(nth < room[:, None], chain, 0.0), draft.most, state.running, costs, widths)[0]]
     guess, count, own = draft.propose(own, view, want)
     parent, hope, deep = None, chain, nth + 1
     if spec.parent is not None:
@@ -352,14 +362,29 @@ def _plan(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[in
     if parent is None:
         count = jnp.minimum(count, room)
     able = (nth < count[:, None]) & (deep <= room[:, None])
-    choice = _best(jnp.where(able, hope, 0.0), state.running, costs, widths)
-    spec = replace(spec, own=own, guess=guess, parent=parent)
-    return replace(spec, count=jnp.minimum(count, sizes[choice]), choice=choice)
+    choice, count = _best(jnp.where(able, hope, 0.0), count, state.running, costs, widths)
+    return replace(spec, own=own, guess=guess, parent=parent, count=count, choice=choice)
 
 
-def _best(hope: Float[Array, "batch most"], running, costs, widths: tuple[int, ...]):
-    """The number of guesses that makes the most tokens for its cost, if each is kept as often as `hope` says."""
-    sums = jnp.cumsum(hope, axis=1)
-    sums = jnp.concatenate([jnp.zeros((hope.shape[0], 1)), sums], axis=1)[:, jnp.array(widths)]
-    expected = jnp.where(running[:, None], 1 + sums, 0.0).sum(0)
-    return jnp.argmax(expected / costs).astype(jnp.int32)
+def _best(hope: Float[Array, "batch most"], count, running, costs, widths: tuple[int, ...]):
+    """The call that makes the most tokens for its cost, if a guess is kept as often as `hope` says, and its counts."""
+    counts = jnp.stack([_fitting(hope, jnp.minimum(count, width), running, width) for width in widths])
+    chosen = jnp.arange(hope.shape[1])[None, None] < counts[..., None]
+    expected = running.sum().astype(jnp.float32) + jnp.where(chosen, hope[None], 0.0).sum((1, 2))
+    choice = jnp.argmax(expected / costs).astype(jnp.int32)
+    return choice, counts[choice]
+
+
+def _fitting(hope: Float[Array, "batch most"], count, running, width: int) -> Int[Array, "batch"]:
+    """How many of each row's first `count` guesses fit in a call, where those worth most go first."""
+    batch, most = hope.shape
+    total = tokens_checked(batch, width)
+    count = jnp.broadcast_to(jnp.where(running, count, 0), batch)
+    if total == batch * (width + 1):
+        return count
+    worth = jax.lax.cummin(hope, axis=1)  # none goes before one that it comes after
+    worth = jnp.where(jnp.arange(most)[None] < count[:, None], worth, -1.0).reshape(-1)
+    nth = jnp.arange(worth.size)
+    first = (worth[None] > worth[:, None]) | ((worth[None] == worth[:, None]) & (nth[None] < nth[:, None]))
+    fits = (worth >= 0) & (first.sum(1) < total - running.sum())
+    return fits.reshape(batch, most).sum(1, dtype=jnp.int32)
