@@ -76,7 +76,7 @@ class Config(Batches):
     turns: int = 3
 
     def __post_init__(self):
-        for name in ("prompts", "new", "turns", "requests", "divide", "rows", "slots", "samples", "prompt"):
+        for name in ("prompts", "new", "turns", "requests", "trace_turns", "divide", "rows", "slots", "samples", "prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"decode: `{name}` must be at least 1, got {getattr(self, name)}")
         for name, known in (("methods", METHODS), ("works", (*ASKS, *MANY))):
@@ -126,7 +126,7 @@ def run(config: Config, progress: Progress) -> list[Row]:
             rows.append(row(name, work, batch, timings, differing[name], costs[name]))
             _say(rows[-1:])
     if "trace" in config.works:
-        rows += _say(trace_rows(model, params, tokenizer, config, config.turns, progress))
+        rows += _say(trace_rows(model, params, tokenizer, config, progress))
     if "samples" in config.works:
         rows += _say(sample_rows(model, params, tokenizer, config, config.new, config.turns, progress))
     return rows

@@ -29,6 +29,7 @@ class Batches:
     Args:
         trace: the file that requests are read from, as `prefix_trace` takes it.
         requests: of the trace, from its beginning.
+        trace_turns: of each way to serve it, after one that warms up.
         divide: what all of its lengths are divided by.
         rows: of static batches; their bytes are what continuous batching gets too, as a pool of pages.
         slots: of continuous batching.
@@ -37,7 +38,8 @@ class Batches:
     """
 
     trace: str = "mooncake_conv_first_half.npz"
-    requests: int = 96
+    requests: int = 32
+    trace_turns: int = 1
     divide: int = 32
     rows: int = 16
     slots: int = 32
@@ -63,7 +65,7 @@ def requests_of(batches: Batches, tokenizer) -> list[Request]:
     return made
 
 
-def trace_rows(model, params, tokenizer, batches: Batches, turns: int, progress: Progress) -> list[Row]:
+def trace_rows(model, params, tokenizer, batches: Batches, progress: Progress) -> list[Row]:
     """Static batches, in the order of arrival, as large as the memory allows and of each smaller size, and slots.
 
     The memory is that of `rows` rows of a dense cache with room for the longest request. All requests are there from
@@ -81,6 +83,7 @@ def trace_rows(model, params, tokenizer, batches: Batches, turns: int, progress:
     while sizes[-1] > 1:
         sizes.append(max(1, sizes[-1] // 4))
     seconds: dict[str, list[float]] = {}
+    turns = batches.trace_turns
     notes: dict[str, dict[str, Any]] = {}
     for turn in range(turns + 1):
         for number, size in enumerate(sizes):
