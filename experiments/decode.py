@@ -76,7 +76,8 @@ class Config(Batches):
     turns: int = 3
 
     def __post_init__(self):
-        for name in ("prompts", "new", "turns", "requests", "trace_turns", "divide", "rows", "slots", "samples", "prompt"):
+        counts = "prompts", "new", "turns", "requests", "trace_turns", "divide", "rows", "slots", "samples", "prompt"
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"decode: `{name}` must be at least 1, got {getattr(self, name)}")
         for name, known in (("methods", METHODS), ("works", (*ASKS, *MANY))):

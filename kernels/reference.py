@@ -108,7 +108,7 @@ def attend_blocks(
 
     Args:
         load: keys and values `[count * kv_heads, size, head_dim]` of the first `count` rows' `size` slots from the
-            given one on; not called for those that no query sees.
+            given one on; on a CPU not called for those that no query sees.
         size: at most the number of slots. The last block reaches back to be as large, and counts no slot twice.
         counts: fewer rows than all that a block may be loaded for, where the others see nothing in it; worth it if
             rows are in order of how much they hold, the longest first.
@@ -131,10 +131,14 @@ def attend_blocks(
             folded: _State = out * old + new_out * new, top, total * old + new_total * new
             return folded if count == batch else jax.tree.map(lambda x, new: x.at[:count].set(new), state, folded)
 
-        sees = visible(positions, held, mask).any((1, 2))
-        need = jnp.where(sees, jnp.arange(1, batch + 1), 0).max()
-        enough = jnp.searchsorted(jnp.array((0, *several)), need)
-        return jax.lax.switch(enough, [lambda state: state, *(partial(fold, count=n) for n in several)], state), None
+        def fold_seen(state: _State) -> _State:
+            sees = visible(positions, held, mask).any((1, 2))
+            need = jnp.where(sees, jnp.arange(1, batch + 1), 0).max()
+            enough = jnp.searchsorted(jnp.array((0, *several)), need)
+            return jax.lax.switch(enough, [lambda state: state, *(partial(fold, count=n) for n in several)], state)
+
+        # a branch would have a GPU wait for the host
+        return jax.lax.platform_dependent(state, cpu=fold_seen, default=partial(fold, count=batch)), None
 
     batch, width, heads, dim = q.shape
     several = sorted({*counts, batch})
@@ -234,4 +238,6 @@ def _bounded(q, k, v, positions, slots, mask: Mask) -> Partial:
     last = jnp.where(seen, jnp.arange(held), 0).max()
     ends = [*range(step, held, step), held]
     upto = [partial(lambda q, at, n: attend(q, k[:, :n], v[:, :n], at, slots[:, :n], mask), n=n) for n in ends]
-    return jax.lax.switch(last // step, upto, q, positions)
+    return jax.lax.platform_dependent(
+        q, positions, cpu=lambda q, at: jax.lax.switch(last // step, upto, q, at), default=upto[-1]
+    )  # a branch would have a GPU wait for the host

@@ -61,8 +61,8 @@ def test_guesses_worth_most_go_first_and_none_without_those_before_it():
     hope = jnp.array([[0.9, 0.8, 0.7], [0.5, 0.2, 0.1], [0.6, 0.6, 0.6]])
     running, count = jnp.array([True, True, True]), jnp.array([3, 3, 3])
     total = speculation.tokens_checked(3, 3)
-    assert total == 6  # places for three guesses beside the rows' newest tokens
-    assert speculation._fitting(hope, count, running, 3).tolist() == [3, 0, 0]
-    assert speculation._fitting(hope, count, jnp.array([False, True, True]), 3).tolist() == [0, 1, 3]
+    assert total == 8  # places for five guesses beside the rows' newest tokens
+    assert speculation._fitting(hope, count, running, 3).tolist() == [3, 0, 2]
+    assert speculation._fitting(hope, count, jnp.array([False, True, True]), 3).tolist() == [0, 3, 3]
     one_poor = hope.at[0, 1].set(0.05)  # of a tree: what comes after it is worth no more than it is
-    assert speculation._fitting(one_poor, count, running, 3).tolist() == [1, 0, 2]
+    assert speculation._fitting(one_poor, count, running, 3).tolist() == [1, 1, 3]

@@ -20,7 +20,6 @@ from kvjax.batch.slots import (
     put_row_of_slots,
     row_of_slots,
     watch,
-    widened,
     with_cache,
 )
 from kvjax.cache.base import is_whole
@@ -29,7 +28,7 @@ from kvjax.decode import state as decoding
 from kvjax.decode.generation import check_counts, seen_in
 from kvjax.decode.grammars import follow, pack
 from kvjax.decode.prompts import as_prompts
-from kvjax.decode.sampling import GREEDY, Rules, Sampling, rules
+from kvjax.decode.sampling import GREEDY, Rules, Sampling, checked, rules
 from kvjax.decode.stops import compile_stops
 from kvjax.draft.base import Draft
 from kvjax.draft.state import view_of
@@ -94,10 +93,11 @@ def admit(
         raise ValueError(f"admit: `row` must be a free one of {slots.goal.shape[0]}, got {row!r}")
     check(model, slots, tokens, sampling, max_new, "admit")
     seeded = sampling if sampling.seed is not None else replace(sampling, seed=row)
-    plain = replace(seeded, stop_strings=())
-    own = rules(plain, batch=1, vocab=model.config.vocab, max_new=max_new, key=key)
-    own = replace(widened(own, slots.rules.stop.shape[1]), automaton=slots.rules.automaton)
-    own = replace(own, grammar=jnp.full_like(own.grammar, -1), grammars=slots.rules.grammars)
+    settings = {"batch": 1, "vocab": model.config.vocab, "max_new": max_new, "key": key}
+    (plain,) = checked(seeded, **settings)
+    plain = replace(plain, stop_strings=(), grammar=None)
+    own = rules(plain, **settings, width=slots.rules.stop.shape[1])
+    own = replace(own, automaton=slots.rules.automaton, grammars=slots.rules.grammars)
     had = Made([], [], WAITING, 0, 0) if made is None else made
     whole = [*tokens, *had.tokens]
     text, new = (np.zeros((1, x.shape[1]), np.int32) for x in (slots.spec.text, slots.spec.state.tokens))

@@ -23,7 +23,7 @@ from kvjax.cache.paged import Paged
 from kvjax.cache.prefix import Policy, PrefixStore, keep, make_room, open_store, reuse
 from kvjax.decode.generation import check_counts
 from kvjax.decode.grammars import table_bytes
-from kvjax.decode.sampling import fitted, rules
+from kvjax.decode.sampling import checked
 from kvjax.decode.state import REASONS, RUNNING
 from kvjax.draft.base import Draft
 from kvjax.grammar.grammar import MOST_BYTES, Grammar
@@ -132,9 +132,14 @@ def submit(model: Transformer, serving: Serving, request: Request, time: float) 
         if request.sampling.stop_strings and serving.settings.tokenizer is None:
             raise ValueError("submit: `stop_strings` need the settings' `tokenizer`")
         check(model, serving.slots, request.tokens, request.sampling, request.max_new, "submit")
-        sampling = fitted(request.sampling, model.config.vocab, request.max_new, serving.settings.tokenizer)
-        plain = replace(sampling, stop_strings=())
-        rules(plain, batch=1, vocab=model.config.vocab, max_new=request.max_new, key=serving.key)
+        (sampling,) = checked(
+            request.sampling,
+            batch=1,
+            vocab=model.config.vocab,
+            max_new=request.max_new,
+            key=serving.key,
+            tokenizer=serving.settings.tokenizer,
+        )
     except (ValueError, TypeError) as error:
         refused = Result(name, [], [], "refused", str(error), arrived=time, done=time)
         return serving, [refused]

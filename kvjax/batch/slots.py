@@ -145,7 +145,7 @@ def init(
             raise ValueError(f"batch.init: the draft's `k` must be below `capacity`, {capacity}, got {draft.most}")
     cache = strategy.init(model, batch=slots, capacity=capacity)
     vocab = model.config.vocab
-    settings = widened(rules(GREEDY, batch=slots, vocab=vocab, max_new=max_new, key=key), power_of_two(ids))
+    settings = rules(GREEDY, batch=slots, vocab=vocab, max_new=max_new, key=key, width=power_of_two(ids))
     pending, seen = np.zeros(slots, np.int32), np.zeros((slots, vocab), bool)
     state = decoding.begin(cache, jnp.asarray(pending), jnp.asarray(seen), power_of_two(max_new))
     state = replace(state, reason=jnp.full(slots, WAITING, jnp.int32))
@@ -186,19 +186,8 @@ def _by_row(slots: Slots, of: Any, other: Slots, cache: Any) -> Slots:
 
     state: State = each(slots.spec.state, other.spec.state, ("cache", "step"))
     state = replace(state, cache=cache(slots.cache))
-    spec = each(slots.spec, other.spec, ("state", "own", "choice", "rounds"))
+    spec = each(slots.spec, other.spec, ("state", "own", "choice", "idle", "rounds"))
     settings = each(slots.rules, other.rules, ("automaton", "keys", "grammars"))
     words = of(jax.random.key_data(slots.rules.keys), jax.random.key_data(other.rules.keys))
     settings = replace(settings, keys=jax.random.wrap_key_data(words, impl=jax.random.key_impl(slots.rules.keys)))
     return Slots(replace(spec, state=state), settings, of(slots.goal, other.goal), slots.capacity)
-
-
-def widened(settings: Rules, width: int) -> Rules:
-    """Id lists padded to `width`."""
-    pads = {"bias_ids": -1, "bias": 0.0, "forced": -1, "stop": -1}
-
-    def pad(name: str, fill: float | int) -> Array:
-        x = getattr(settings, name)
-        return jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)
-
-    return replace(settings, **{name: pad(name, fill) for name, fill in pads.items()})

@@ -95,7 +95,7 @@ def _decode(model, params, slots: Slots, steps, least) -> Slots:
 
 @partial(jax.jit, static_argnames=("model", "choices"), donate_argnames="slots")
 def _speculate(model, params, draft, slots: Slots, costs, steps, least, *, choices) -> Slots:
-    spec = advance(model, params, draft, slots.spec, slots.rules, costs, steps, least, widths=choices)
+    spec = advance(model, params, draft, slots.spec, slots.rules, costs, steps, least, widths=choices, together=False)
     return replace(slots, spec=spec)
 
 

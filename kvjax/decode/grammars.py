@@ -41,14 +41,10 @@ def pack(rows: Sequence[Grammar | None], vocab: int) -> tuple[Int[np.ndarray, "b
     """Which grammar each row has, -1 for none, and the tables of all.
 
     Raises:
-        ValueError: if the tables would be larger than `MOST_BYTES`.
+        ValueError: as `check_size`.
     """
+    check_size(rows, vocab)
     distinct, count, states, symbols = _sizes(rows, vocab)
-    if (size := table_bytes(rows, vocab)) > MOST_BYTES:
-        raise ValueError(
-            f"Sampling: the `grammar` tables of the batch would take {size >> 20} MiB, more than {MOST_BYTES >> 20}: "
-            "use fewer or simpler ones"
-        )
     number = {grammar: i for i, grammar in enumerate(distinct)}
     which = np.array([-1 if grammar is None else number[grammar] for grammar in rows], np.int32)
     classes, first = np.zeros((count, vocab if count else 0), np.int32), np.zeros(count, np.int32)
@@ -62,6 +58,15 @@ def pack(rows: Sequence[Grammar | None], vocab: int) -> tuple[Int[np.ndarray, "b
         accepts[at:end], first[i], at = grammar.accepts, at, end
     done = accepts & (table < 0).all(1)
     return which, Grammars(*(jnp.asarray(x) for x in (classes, table, accepts, done, first)))
+
+
+def check_size(rows: Sequence[Grammar | None], vocab: int) -> None:
+    """Raise ValueError if the tables of these grammars would be larger than `MOST_BYTES`."""
+    if (size := table_bytes(rows, vocab)) > MOST_BYTES:
+        raise ValueError(
+            f"Sampling: the `grammar` tables of the batch would take {size >> 20} MiB, more than {MOST_BYTES >> 20}: "
+            "use fewer or simpler ones"
+        )
 
 
 def table_bytes(rows: Sequence[Grammar | None], vocab: int) -> int:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from kvjax.decode.grammars import Grammars, pack
+from kvjax.decode.grammars import Grammars, check_size, pack
 from kvjax.decode.stops import Automaton, compile_stops
 from kvjax.grammar.grammar import Grammar, digest_of
 from kvjax.pytree import pytree
@@ -123,13 +122,54 @@ def rules(
     max_new: int,
     key: Key[Array, ""] | None = None,
     tokenizer=None,
+    width: int = 1,
 ) -> Rules:
     """Arrays for a batch, from one setting for all rows or one for each.
 
+    Args:
+        width: of the lists of token ids, at least.
+    Raises:
+        ValueError: for what `checked` refuses, or stop strings without a tokenizer.
+    """
+    rows = checked(sampling, batch=batch, vocab=vocab, max_new=max_new, key=key, tokenizer=tokenizer)
+
+    def leaf(name: str, dtype=np.float32):
+        return np.array([getattr(row, name) for row in rows], dtype)
+
+    biases = [_biases(row) for row in rows]
+    which, grammars = pack([row.grammar for row in rows], vocab)
+    strings, automaton = compile_stops([row.stop_strings for row in rows], vocab, tokenizer)
+    seeds = np.array([i if row.seed is None else row.seed for i, row in enumerate(rows)], np.uint32)
+    on_host = {name: leaf(name) for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")}
+    on_host |= {
+        "top_k": leaf("top_k", np.int32),
+        "bias_ids": _padded([list(b) for b in biases], -1, np.int32, width),
+        "bias": _padded([list(b.values()) for b in biases], 0.0, np.float32, width),
+        "forced": _padded([row.forced for row in rows], -1, np.int32, width),
+        "stop": _padded([row.stop for row in rows], -1, np.int32, width),
+        "strings": strings,
+        "limit": np.array([min(row.limit or max_new, max_new) for row in rows], np.int32),
+        "grammar": which,
+    }
+    keys = _row_keys(jax.random.key(0) if key is None else key, seeds)
+    return Rules(**jax.device_put(on_host), keys=keys, automaton=automaton, grammars=grammars)
+
+
+def checked(
+    sampling: Sampling | Sequence[Sampling],
+    *,
+    batch: int,
+    vocab: int,
+    max_new: int,
+    key: Key[Array, ""] | None,
+    tokenizer=None,
+) -> list[Sampling]:
+    """A setting for each row, as `fitted` gives it.
+
     Raises:
         ValueError: for another number of settings than rows, an id outside the vocabulary, a row that
-            samples without a `key`, stop strings without a tokenizer, or a grammar that is of another vocabulary, has
-            no text that the row's other settings allow, or none as short as its limit.
+            samples without a `key`, or a grammar that is of another vocabulary, has no text that the row's other
+            settings allow, or none as short as its limit.
     """
     rows = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
     if wrong := [row for row in rows if not isinstance(row, Sampling)]:
@@ -143,32 +183,15 @@ def rules(
             wrong = [i for i in ids if not 0 <= i < vocab]
             if wrong:
                 raise ValueError(f"Sampling: `{name}` ids must be in [0, {vocab}), got {wrong}")
-
-    def leaf(name: str, dtype=np.float32):
-        return jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
-
-    biases = [{**row.bias, **dict.fromkeys(row.banned, -np.inf)} for row in rows]
-    if any(sum(value == -np.inf for value in bias.values()) >= vocab for bias in biases):
+    if any(sum(value == -np.inf for value in _biases(row).values()) >= vocab for row in rows):
         raise ValueError(f"Sampling: `banned` must leave a token, but all {vocab} of the vocabulary are")
     rows = [fitted(row, vocab, max_new, tokenizer) for row in rows]
-    which, grammars = pack([row.grammar for row in rows], vocab)
-    strings, automaton = compile_stops([row.stop_strings for row in rows], vocab, tokenizer)
-    seeds = np.array([i if row.seed is None else row.seed for i, row in enumerate(rows)], np.uint32)
-    root = jax.random.key(0) if key is None else key
-    return Rules(
-        **{name: leaf(name) for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")},
-        top_k=leaf("top_k", np.int32),
-        bias_ids=_padded([list(b) for b in biases], -1, np.int32),
-        bias=_padded([list(b.values()) for b in biases], 0.0, np.float32),
-        forced=_padded([row.forced for row in rows], -1, np.int32),
-        stop=_padded([row.stop for row in rows], -1, np.int32),
-        strings=jnp.asarray(strings),
-        limit=jnp.asarray(np.array([min(row.limit or max_new, max_new) for row in rows], np.int32)),
-        keys=_row_keys(root, jnp.asarray(seeds)),
-        automaton=automaton,
-        grammar=jnp.asarray(which),
-        grammars=grammars,
-    )
+    check_size([row.grammar for row in rows], vocab)
+    return rows
+
+
+def _biases(row: Sampling) -> dict[int, float]:
+    return {**row.bias, **dict.fromkeys(row.banned, -np.inf)}
 
 
 def fitted(row: Sampling, vocab: int, max_new: int, tokenizer) -> Sampling:
@@ -214,8 +237,8 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _padded(rows: Sequence[Sequence[float | int]], fill: float | int, dtype) -> Array:
-    table = np.full((len(rows), power_of_two(max(map(len, rows)))), fill, dtype)
+def _padded(rows: Sequence[Sequence[float | int]], fill: float | int, dtype, width: int) -> np.ndarray:
+    table = np.full((len(rows), max(width, power_of_two(max(map(len, rows))))), fill, dtype)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
-    return jnp.asarray(table)
+    return table

@@ -23,6 +23,7 @@ class Speculation:
     """A speculating generation under way: what `State` is for `generate`, the draft's state and the next guesses.
 
     `text` holds each row's prompt and new tokens, `length` of them; rows that are not `wanted` are guessed nothing.
+    `idle` is the steps without guesses since some were checked.
     `parent` is as in `Tree`, None where the draft makes none.
     `hidden` and `fresh` are as in `View`, None where the draft does not ask for them.
     """
@@ -35,6 +36,7 @@ class Speculation:
     parent: Int[Array, "batch most"] | None
     count: Int[Array, "batch"]
     choice: Int[Array, ""]
+    idle: Int[Array, ""]
     right: Float[Array, "batch"]
     checked: Float[Array, "batch"]
     proposed: Int[Array, "batch"]
@@ -60,12 +62,12 @@ def widths(draft: Draft) -> tuple[int, ...]:
 def tokens_checked(batch: int, width: int) -> int:
     """The tokens that a call with up to `width` guesses a row has places for.
 
-    On a CPU a batch's cost grows with its tokens, and seldom have all rows good guesses: some rows' guesses have to
-    leave room to others'. Elsewhere a row's are as good as free.
+    On a CPU a batch's cost grows with its tokens, and seldom have all rows good guesses: there is place for half of
+    them, and for two a row at most, which go where they are worth most. Elsewhere more are as good as free.
     """
     if jax.default_backend() != "cpu" or batch == 1:
         return batch * (width + 1)
-    return batch * min(width + 1, max(2, (width + 1) // 2))
+    return batch + min(-(-batch * width // 2), 2 * batch)
 
 
 def blank(
@@ -84,6 +86,7 @@ def blank(
         parent=jnp.asarray(zeros((batch, draft.most)) - 1) if draft is not None and makes_trees(draft) else None,
         count=jnp.asarray(zeros(batch)),
         choice=jnp.asarray(zeros(())),
+        idle=jnp.asarray(zeros(())),
         right=jnp.asarray(np.zeros(batch, np.float32)),
         checked=jnp.asarray(np.zeros(batch, np.float32)),
         proposed=jnp.asarray(zeros(batch)),

@@ -10,7 +10,7 @@ import pytest
 import kvjax
 from kvjax import Sampling
 from kvjax.cache import Dense
-from kvjax.draft import Branches, Chain, PromptLookup, speculate
+from kvjax.draft import Branches, Chain, PromptLookup, speculate, speculation
 from kvjax.draft.tree import Tree, hopes, merged, paths
 from kvjax.pytree import pytree, static
 from tests.draft.test_drafts import guesses
@@ -62,11 +62,20 @@ def alike(out, free):
             assert (a == b).mean() > 0.99 if a.dtype == jnp.uint8 else (a == b).all()  # a code may round otherwise
 
 
+@pytest.fixture
+def place_for_all(monkeypatch):
+    """Calls have a place for every guess, as on a GPU."""
+    monkeypatch.setattr(speculation, "tokens_checked", lambda batch, width: batch * (width + 1))
+    speculation.advance.clear_cache()
+    yield
+    speculation.advance.clear_cache()
+
+
 @pytest.mark.parametrize(
     ("cache", "sampling"),
     [*crossed(CACHES, "greedy", core=["Dense()", "Paged(page=4, pool=24)"]), ("Dense()", "sampled")],
 )
-def test_the_right_branch_is_kept_and_nothing_of_the_others(cache, sampling):
+def test_the_right_branch_is_kept_and_nothing_of_the_others(cache, sampling, place_for_all):
     one = {"lengths": None, "tokens": TOKENS[:, :1]} if cache in CHUNKED else {}
     settings = {"max_new": 20, "key": KEY, "sampling": SETTINGS[sampling], **one}  # so many that every slot is filled
     free = run(kvjax.generate, cache, **settings)
