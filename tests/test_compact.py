@@ -7,7 +7,8 @@ import pytest
 
 import kvjax
 from kvjax.compact import compact
-from kvjax.draft import speculation
+from kvjax.draft.plan import fitting
+from kvjax.draft.state import tokens_checked
 from tests.tiny import tiny
 
 
@@ -60,9 +61,9 @@ def test_a_token_outside_the_vocabulary_harms_no_other_row():
 def test_guesses_worth_most_go_first_and_none_without_those_before_it():
     hope = jnp.array([[0.9, 0.8, 0.7], [0.5, 0.2, 0.1], [0.6, 0.6, 0.6]])
     running, count = jnp.array([True, True, True]), jnp.array([3, 3, 3])
-    total = speculation.tokens_checked(3, 3)
+    total = tokens_checked(3, 3)
     assert total == 8  # places for five guesses beside the rows' newest tokens
-    assert speculation._fitting(hope, count, running, 3).tolist() == [3, 0, 2]
-    assert speculation._fitting(hope, count, jnp.array([False, True, True]), 3).tolist() == [0, 3, 3]
+    assert fitting(hope, count, running, 3).tolist() == [3, 0, 2]
+    assert fitting(hope, count, jnp.array([False, True, True]), 3).tolist() == [0, 3, 3]
     one_poor = hope.at[0, 1].set(0.05)  # of a tree: what comes after it is worth no more than it is
-    assert speculation._fitting(one_poor, count, running, 3).tolist() == [1, 1, 3]
+    assert fitting(one_poor, count, running, 3).tolist() == [1, 1, 3]

@@ -17,7 +17,8 @@ from kvjax.decode.generation import check_counts
 from kvjax.decode.sampling import power_of_two
 from kvjax.decode.state import RUNNING
 from kvjax.draft.base import Draft
-from kvjax.draft.speculation import advance, paid_for
+from kvjax.draft.rounds import advance
+from kvjax.draft.speculation import paid_for
 from kvjax.draft.state import grown, widths
 from kvjax.model import Params, Transformer, cached
 

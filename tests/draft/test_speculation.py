@@ -14,7 +14,7 @@ import kvjax
 from kvjax import Sampling
 from kvjax.cache import Dense, Quantized, Ring
 from kvjax.decode import REASONS
-from kvjax.draft import DraftModel, PromptLookup, speculate, speculation, widths
+from kvjax.draft import DraftModel, PromptLookup, rounds, speculate, speculation, widths
 from kvjax.draft.base import View
 from kvjax.pytree import pytree, static
 from tests.compiles import Compiles
@@ -238,7 +238,7 @@ def test_the_cache_stays_in_place():
     spec = speculation._begin(model, draft, state, np.ones((2, 1), np.int32), np.ones(2, np.int32), False)
     rules = kvjax.decode.rules(Sampling(), batch=2, vocab=61, max_new=16)
     costs = jnp.ones(3)
-    program = speculation.advance.lower(model, params, draft, spec, rules, costs, 9, widths=widths(draft)).compile()
+    program = rounds.advance.lower(model, params, draft, spec, rules, costs, 9, widths=widths(draft)).compile()
     assert program.memory_analysis().alias_size_in_bytes >= kvjax.nbytes(cache)
     assert program.memory_analysis().temp_size_in_bytes < kvjax.nbytes(cache) / 1.8  # logits of four queries a row
     assert "f32[4,4096,8]" in program.as_text()
@@ -271,9 +271,9 @@ def test_draws_are_the_models_own():
 
     assert p_value(draws()) > 1e-3
     jax.clear_caches()
-    right = speculation.emit_at
+    right = rounds.emit_at
     with pytest.MonkeyPatch.context() as patch:  # a verifier that leans to likely tokens, as "typical" acceptance does
-        patch.setattr(speculation, "emit_at", lambda s, rules, logits, *rest: right(s, rules, 1.6 * logits, *rest))
+        patch.setattr(rounds, "emit_at", lambda s, rules, logits, *rest: right(s, rules, 1.6 * logits, *rest))
         assert p_value(draws()) < 1e-6
     jax.clear_caches()
 

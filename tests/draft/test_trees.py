@@ -10,7 +10,7 @@ import pytest
 import kvjax
 from kvjax import Sampling
 from kvjax.cache import Dense
-from kvjax.draft import Branches, Chain, PromptLookup, speculate, speculation
+from kvjax.draft import Branches, Chain, PromptLookup, plan, rounds, speculate
 from kvjax.draft.tree import Tree, hopes, merged, paths
 from kvjax.pytree import pytree, static
 from tests.draft.test_drafts import guesses
@@ -65,10 +65,11 @@ def alike(out, free):
 @pytest.fixture
 def place_for_all(monkeypatch):
     """Calls have a place for every guess, as on a GPU."""
-    monkeypatch.setattr(speculation, "tokens_checked", lambda batch, width: batch * (width + 1))
-    speculation.advance.clear_cache()
+    for module in (plan, rounds):
+        monkeypatch.setattr(module, "tokens_checked", lambda batch, width: batch * (width + 1))
+    rounds.advance.clear_cache()
     yield
-    speculation.advance.clear_cache()
+    rounds.advance.clear_cache()
 
 
 @pytest.mark.parametrize(
