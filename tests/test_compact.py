@@ -7,6 +7,7 @@ import pytest
 
 import kvjax
 from kvjax.compact import compact
+from kvjax.draft import plan
 from kvjax.draft.plan import fitting
 from kvjax.draft.state import tokens_checked
 from tests.tiny import tiny
@@ -58,12 +59,17 @@ def test_a_token_outside_the_vocabulary_harms_no_other_row():
     assert jnp.isnan(logits[0, 0]).all() and jnp.isfinite(logits[0, 1:]).all()
 
 
-def test_guesses_worth_most_go_first_and_none_without_those_before_it():
+def test_guesses_worth_most_go_first_and_none_without_those_before_it(monkeypatch):
     hope = jnp.array([[0.9, 0.8, 0.7], [0.5, 0.2, 0.1], [0.6, 0.6, 0.6]])
-    running, count = jnp.array([True, True, True]), jnp.array([3, 3, 3])
-    total = tokens_checked(3, 3)
-    assert total == 8  # places for five guesses beside the rows' newest tokens
+    running, count = jnp.ones(3, bool), jnp.array([3, 3, 3])
+    monkeypatch.setattr(plan, "tokens_checked", lambda batch, width: 8)  # five guesses beside the rows' newest tokens
     assert fitting(hope, count, running, 3).tolist() == [3, 0, 2]
     assert fitting(hope, count, jnp.array([False, True, True]), 3).tolist() == [0, 3, 3]
     one_poor = hope.at[0, 1].set(0.05)  # of a tree: what comes after it is worth no more than it is
     assert fitting(one_poor, count, running, 3).tolist() == [1, 1, 3]
+
+
+def test_a_call_has_a_place_for_all_guesses_of_a_few_rows():
+    assert [tokens_checked(1, width) for width in (1, 3, 7, 15)] == [2, 4, 8, 16]
+    assert [tokens_checked(3, width) for width in (1, 3, 7)] == [6, 12, 16]
+    assert [tokens_checked(8, width) for width in (1, 3, 7)] == [16, 16, 32]
