@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 FEW = 16
+"""Queries of all rows up to which a CPU takes them one at a time (24 rows of 6, 30 layers: 12.5 ms, 5.7 together)."""
+
 MANY = 256
 """Slots above which a CPU multiplies values by one query's weights at a time (4 ms a token at 1,089 slots)."""
 

@@ -94,9 +94,9 @@ def test_the_right_branch_is_kept_and_nothing_of_the_others(cache, sampling, pla
 )
 def test_windows_soft_caps_and_learned_positions(family):
     model, params = tiny(family)
-    tokens = prompts(5, 1, 7)
-    free = kvjax.generate(model, params, Dense().init(model, batch=1, capacity=48), tokens, max_new=20)
-    draft, cache = Crown(told(free)), Dense().init(model, batch=1, capacity=48)
+    tokens = prompts(5, 2, 7)
+    free = kvjax.generate(model, params, Dense().init(model, batch=2, capacity=48), tokens, max_new=20)
+    draft, cache = Crown(told(free)), Dense().init(model, batch=2, capacity=48)
     out = speculate(model, params, cache, tokens, draft=draft, max_new=20, costs=[1.0] * 4)
     same(out, free)
     assert out.speculated.rounds.sum() == 5
