@@ -16,9 +16,21 @@ def write(
     """Put row `b`'s tokens with `keep` into slots `start[b], start[b] + 1, …`; others stay as they are.
 
     A buffer has one or more rows for each of the batch (`rows = batch * kv_heads`). Tokens that would
-    land past the last slot are dropped. Each row's slots are read, blended and written back as one
-    window, which XLA does in place on a donated buffer.
+    land past the last slot are dropped. XLA does it in place on a donated buffer: on a CPU where each row's
+    slots are read, blended and written back as one window; on a GPU it would copy a buffer that a loop reads
+    and then writes (16 rows of 8 heads and 2,048 slots: 166 µs a layer and step), and is given a scatter.
     """
+    return jax.lax.platform_dependent(buffer, new, start, keep, cpu=_windows, default=_scattered)
+
+
+def _scattered(buffer, new, start, keep):
+    rows, slots = buffer.shape[:2]
+    at = jnp.where(keep, start[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None], slots)
+    at = jnp.repeat(at, rows // start.shape[0], axis=0)
+    return buffer.at[jnp.arange(rows)[:, None], at].set(new, mode="drop")
+
+
+def _windows(buffer, new, start, keep):
     batch, slots, width = start.shape[0], buffer.shape[1], min(new.shape[1], buffer.shape[1])
     rest = buffer.shape[2:]
 

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache.slots import take_rows, write
+from kvjax.cache.slots import _scattered, _windows, take_rows
 
 
+@pytest.mark.parametrize("write", [_windows, _scattered], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("slots", [1, 8])
 @pytest.mark.parametrize("width", [1, 3, 9])
 @pytest.mark.parametrize(("heads", "rest"), [(1, ()), (2, (4,))])
-def test_write_puts_what_is_kept_and_nothing_else(slots, width, heads, rest):
-    """Every start, from an empty row to one past the end, and random tokens to keep."""
+def test_write_puts_what_is_kept_and_nothing_else(write, slots, width, heads, rest):
+    """Every start, from an empty row to one past the end, and random tokens to keep, as each platform does it."""
     batch, rng = 2, np.random.default_rng(slots + width)
     written = jax.jit(write)
     for first in range(slots + 3):
