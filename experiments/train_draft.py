@@ -23,7 +23,6 @@ import kvjax
 from experiments import draft_prompts
 from experiments.decode import PLAIN, compare, row
 from experiments.registry import Progress, Row
-from kvjax.cache import Dense
 from kvjax.draft import EarlyExit, Heads, distill, save_draft
 
 EVERY_S = 120.0
@@ -54,7 +53,7 @@ class Config:
     out: str = "drafts/heads"
     kind: Literal["heads", "early-exit"] = "heads"
     layers: int = 4
-    ids: int = 4096
+    ids: int = 6144
     rows: int = 768
     new: int = 160
     batch: int = 32
@@ -62,7 +61,7 @@ class Config:
     epochs: int = 8
     lot: int = 8
     rate: float = 1e-3
-    steps: int = 3
+    steps: int = 2
     feature: float = 0.1
     k: int = 4
     unseen: int = 16
@@ -87,20 +86,16 @@ def run(config: Config, progress: Progress) -> list[Row]:
         raise ValueError(f"train_draft: {config.model} has no tokenizer, and the prompts are text")
     work = [_encoded(tokenizer, text) for text in draft_prompts.training(config.rows)]
     test = [_encoded(tokenizer, text) for text in draft_prompts.unseen(config.unseen)]
-    answers = _answers(config, model, params, tokenizer, work, "train", lambda x: progress("answers", 0.3 * x))
-    held = _answers(config, model, params, tokenizer, test, "unseen", lambda x: progress("test answers", 0.3))
-    texted = time.monotonic()
-    tell(f"text: {sum(map(len, answers)):,} tokens, {texted - began:.0f} s")
+    text = _answers(config, model, params, tokenizer, work, "train", lambda x: progress("answers", 0.3 * x))
+    seen = _answers(config, model, params, tokenizer, test, "unseen", lambda x: progress("test answers", 0.3))
+    tell(f"text: {int(text.length.sum()):,} tokens, {time.monotonic() - began:.0f} s")
     vocab = model.config.vocab
-    ids = jnp.asarray(distill.frequent(answers, min(config.ids, vocab), vocab, tokenizer.stop_ids))
-    covered = np.isin(np.concatenate([np.asarray(a) for a in held]), np.asarray(ids)).mean()
-    text, seen = (_harvested(config, model, params, *pair) for pair in ((work, answers), (test, held)))
-    tell(f"hidden states: {time.monotonic() - texted:.0f} s; {ids.size} ids are {covered:.1%} of the unseen text")
+    ids = jnp.asarray(distill.frequent(_said(text), min(config.ids, vocab), vocab, tokenizer.stop_ids))
+    tell(f"{ids.size} ids are {np.isin(np.concatenate(_said(seen)), np.asarray(ids)).mean():.1%} of the unseen text")
     trained, shares = _trained(config, model, params, ids, text, seen, lambda x: progress("training", 0.4 + 0.5 * x))
     draft = made(config, model, params, trained)
     save_draft(Path(config.out) / "draft", draft)
     tell(f"trained in {time.monotonic() - began:.0f} s of this run, written to {Path(config.out) / 'draft'}")
-    del text, seen
     progress("timing", 0.9)
     sampling = kvjax.Sampling(stop=tokenizer.stop_ids)
     timings, differing, costs = compare(
@@ -121,42 +116,33 @@ def _encoded(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]))
 
 
-def _answers(config: Config, model, params, tokenizer, prompts, name: str, done) -> list[list[int]]:
+def _answers(config: Config, model, params, tokenizer, prompts, name: str, done) -> distill.Text:
     """What the model says to each prompt, kept in `out` batch by batch. Unseen prompts are answered greedily."""
-    needed = ("model", "new", "warmth", "batch")
-    mark = hashlib.sha256(json.dumps([[getattr(config, x) for x in needed], prompts]).encode()).hexdigest()[:16]
-    folder = Path(config.out) / f"text-{name}-{mark}"
+    layer = config.layers if config.kind == "early-exit" else None
+    needed = [config.model, config.new, config.warmth, config.batch, layer, prompts]
+    folder = Path(config.out) / f"text-{name}-{hashlib.sha256(json.dumps(needed).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    answers: list[list[int]] = []
-    capacity = -(-(max(map(len, prompts)) + config.new) // 64) * 64
+    parts = []
     for first in range(0, len(prompts), config.batch):
-        part, file = prompts[first : first + config.batch], folder / f"{first}.json"
+        part, file = prompts[first : first + config.batch], folder / f"{first}.npz"
         if not file.exists():
             warmth = [0.0 if name == "unseen" or i % 2 == 0 else config.warmth for i in range(len(part))]
             sampling = [kvjax.Sampling(temperature=t, stop=tokenizer.stop_ids) for t in warmth]
-            cache = Dense().init(model, batch=len(part), capacity=capacity)
             key = jax.random.key(first)
-            out = kvjax.generate(model, params, cache, part, max_new=config.new, key=key, sampling=sampling)
-            pairs = zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True)
+            text = distill.answers(model, params, part, new=config.new, sampling=sampling, key=key, layer=layer)
             fresh = file.with_suffix(".part")
-            fresh.write_text(json.dumps([line[:length].tolist() for line, length in pairs]))
+            with fresh.open("wb") as stream:
+                np.savez(stream, **text._asdict())
             fresh.replace(file)
-        answers += json.loads(file.read_text())
+        with np.load(file) as kept:
+            parts.append(distill.Text(**kept))
         done((first + len(part)) / len(prompts))
-    return answers
+    return distill.Text(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
-def _harvested(config: Config, model, params, prompts, answers) -> distill.Text:
-    """Rows alike in length together, so that little is computed for padding."""
-    layer = config.layers if config.kind == "early-exit" else None
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    parts = []
-    for first in range(0, len(order), 8):
-        rows = order[first : first + 8]
-        of = [prompts[i] for i in rows], [answers[i] for i in rows]
-        parts.append(distill.harvest(model, params, *of, width=config.new + 1, layer=layer))
-    back = np.argsort(order)
-    return distill.Text(*(np.concatenate(field)[back] for field in zip(*parts, strict=True)))
+def _said(text: distill.Text) -> list[np.ndarray]:
+    """Each row's answer."""
+    return [row[1 : length + 1] for row, length in zip(text.tokens, text.length, strict=True)]
 
 
 def _trained(config: Config, model, params, ids, text: distill.Text, seen: distill.Text, done):
@@ -165,6 +151,8 @@ def _trained(config: Config, model, params, ids, text: distill.Text, seen: disti
     fresh = Heads.fresh(model, params, ids, jax.random.key(0)) if heads else EarlyExit.fresh(model, params, ids)
     lesson = distill.HeadsLesson(model, config.steps, config.feature) if heads else distill.ExitLesson(model)
     fixed, each = distill.fixed(model, params, fresh), config.rows // config.lot
+    if heads:
+        fresh = distill.fitted(model, fresh, fixed, text)
     total = each * config.epochs
     course, path = distill.begin(fresh, config.rate, total), _course_folder(config)
     if (path / "manifest.json").exists():

@@ -7,7 +7,6 @@ layer's own states; Chen et al. 2016 (arXiv:1604.06174) for checkpoints in the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,84 +17,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import Mask
+from kvjax.config import ModelConfig
+from kvjax.draft.answers import Text, answers, frequent
 from kvjax.draft.heads import embed, head_layer
 from kvjax.draft.turns import capped, head_rows
-from kvjax.model import Norm, Params, Transformer, with_hidden
+from kvjax.model import Norm, Params, Transformer
 from kvjax.pytree import pytree
 
 try:
     import optax
 except ImportError as error:
     raise ImportError("kvjax.draft.distill needs Optax: pip install 'kvjax[train]'") from error
-
-
-class Text(NamedTuple):
-    """What a target said, from each row's last prompt token on, and what it was about to say at each of `length`.
-
-    `hidden` is what its head saw, `early` a layer's output (of no width if none was asked for), both in float16;
-    `mass` the log-sum-exp of its logits, `best` its likeliest next token.
-    """
-
-    tokens: Int[np.ndarray, "rows width"]
-    hidden: Float[np.ndarray, "rows width hidden"]
-    early: Float[np.ndarray, "rows width features"]
-    mass: Float[np.ndarray, "rows width"]
-    best: Int[np.ndarray, "rows width"]
-    length: Int[np.ndarray, "rows"]
-
-    def take(self, rows: Any) -> Text:
-        return Text(*(x[rows] for x in self))
-
-
-def harvest(
-    model: Transformer,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    *,
-    width: int,
-    layer: int | None = None,
-) -> Text:
-    """Run the target over whole texts and keep what drafts learn from.
-
-    Args:
-        prompts, answers: a row each.
-        width: tokens kept of a row, its last prompt token included.
-        layer: keep what this many layers give, for `EarlyExit`.
-    """
-    rows = [[*p, *a][: len(p) - 1 + width] for p, a in zip(prompts, answers, strict=True)]
-    size = max(map(len, rows))
-    tokens = np.zeros((len(rows), -(-size // 32) * 32), np.int32)
-    for line, row in zip(tokens, rows, strict=True):
-        line[: len(row)] = row
-    start = np.array([len(p) - 1 for p in prompts], np.int32)
-    length = np.array([len(row) for row in rows], np.int32) - start
-    seen = _harvest(model, params, jnp.asarray(tokens), jnp.asarray(start), width, layer)
-    at = np.minimum(start[:, None] + np.arange(width)[None], tokens.shape[1] - 1)
-    return Text(np.take_along_axis(tokens, at, 1), *(np.asarray(x) for x in seen), length)
-
-
-@partial(jax.jit, static_argnames=("model", "width", "layer"))
-def _harvest(model, params, tokens, start, width: int, layer: int | None):
-    _, _, hidden, layers = with_hidden(model, params, tokens, None, None)
-    at = jnp.minimum(start[:, None] + jnp.arange(width, dtype=jnp.int32)[None], tokens.shape[1] - 1)[..., None]
-    hidden = jnp.take_along_axis(hidden, at, axis=1)
-    early = hidden[..., :0] if layer is None else jnp.take_along_axis(layers[layer - 1], at, axis=1)
-    head = head_rows(params, model.config, jnp.arange(model.config.vocab))
-
-    def one(row):
-        logits = _logits(model, row, head)
-        return jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    mass, best = jax.lax.map(one, hidden)
-    return hidden.astype(jnp.float16), early.astype(jnp.float16), mass, best
-
-
-def frequent(answers: Sequence[Sequence[int]], size: int, vocab: int, always: Sequence[int] = ()) -> np.ndarray:
-    """The `size` most frequent tokens of a text, `always` among them, in order (arXiv:2502.14856)."""
-    counts = np.bincount(np.concatenate([np.asarray(a, np.int64) for a in answers]), minlength=vocab).astype(np.int64)
-    counts[list(always)] = counts.sum() + 1
-    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
 
 
 @pytree
@@ -163,7 +95,7 @@ class HeadsLesson:
             hidden, past = jnp.pad(out, ((0, 0), (1, 0), (0, 0)))[:, :-1], seen.past
         return made
 
-    def loss(self, weights: Params, fixed: dict[str, Array], text: Text) -> Float[Array, ""]:
+    def loss(self, weights: Params, fixed: dict[str, Any], text: Text) -> Float[Array, ""]:
         wanted, total, weight = _wanted(self.model, fixed, text), jnp.zeros((), jnp.float32), 1.0
         hidden = jnp.asarray(text.hidden)[:, 1:].astype(jnp.float32)
         for step, out in enumerate(self.states(weights, fixed["embed"], text, self.steps)):
@@ -175,9 +107,33 @@ class HeadsLesson:
             weight *= self.decay
         return total
 
-    def guesses(self, weights: Params, fixed: dict[str, Array], text: Text, steps: int) -> list[Array]:
+    def guesses(self, weights: Params, fixed: dict[str, Any], text: Text, steps: int) -> list[Array]:
         states = self.states(weights, fixed["embed"], text, steps)
         return [fixed["ids"][jnp.argmax(_logits(self.model, out, weights["head"]), axis=-1)] for out in states]
+
+
+def fitted(model: Transformer, trained: dict[str, Any], fixed: dict[str, Any], text: Text) -> dict[str, Any]:
+    """What `Heads.fresh` gives, with a layer that begins as the best linear guess, by least squares on a text.
+
+    Its block adds nothing at first. SmolLM2's next token but one is guessed right at 35 % of unseen text this way,
+    before any training.
+    """
+    c, p = model.config, model.precision
+    real = np.asarray(_real(text, 0))
+    layer, ridge = trained["layer"], 1e-3
+    hidden, wanted = (jnp.asarray(x[real], jnp.float32) for x in (text.hidden[:, :-1], text.hidden[:, 1:]))
+    embedded = embed(fixed["embed"], jnp.asarray(text.tokens[:, 1:][real])[None], c, p)[0]
+    seen = _normed(c, layer["hidden_norm"], hidden), _normed(c, layer["embed_norm"], embedded.astype(jnp.float32))
+    both = jnp.concatenate(seen, axis=-1)
+    norm = fixed["norm"]
+    wanted = (wanted - norm.get("bias", 0.0)) / jnp.where(jnp.abs(norm["scale"]) > 1e-6, norm["scale"], 1.0)[None]
+    square = both.T @ both + ridge * both.shape[0] * jnp.eye(both.shape[1])
+    fuse = jnp.linalg.solve(square, both.T @ wanted).T
+    block = {
+        name: jax.tree.map(jnp.zeros_like, x) if name in ("out", "down") else x for name, x in layer["block"].items()
+    }
+    layer = layer | {"fuse": {"kernel": fuse.astype(layer["fuse"]["kernel"].dtype)}, "block": block}
+    return trained | {"layer": layer | {"norm": norm}}
 
 
 @dataclass(frozen=True)
@@ -187,21 +143,19 @@ class ExitLesson:
     model: Transformer
     steps: int = 1
 
-    def loss(self, weights: Params, fixed: dict[str, Array], text: Text) -> Float[Array, ""]:
+    def loss(self, weights: Params, fixed: dict[str, Any], text: Text) -> Float[Array, ""]:
         real = _real(text, 0)
         loss = _cross_entropy(self.model, self._out(weights, text), weights["head"], _wanted(self.model, fixed, text))
         return _mean(loss, real)
 
-    def guesses(self, weights: Params, fixed: dict[str, Array], text: Text, steps: int) -> list[Array]:
+    def guesses(self, weights: Params, fixed: dict[str, Any], text: Text, steps: int) -> list[Array]:
         """The same at each step: it goes by the text alone."""
         best = fixed["ids"][jnp.argmax(_logits(self.model, self._out(weights, text), weights["head"]), axis=-1)]
         return [best] * steps
 
     def _out(self, weights: Params, text: Text) -> Float[Array, "rows pairs hidden"]:
         early = jnp.asarray(text.early)[:, 1:].astype(self.model.precision.compute)
-        out = Norm(self.model.config).apply({"params": weights["norm"]}, early)
-        assert isinstance(out, jax.Array)
-        return out
+        return _normed(self.model.config, weights["norm"], early)
 
 
 class Course(NamedTuple):
@@ -212,10 +166,11 @@ class Course(NamedTuple):
     step: Int[Array, ""]
 
 
-def fixed(model: Transformer, params: Params, trained: dict[str, Any]) -> dict[str, Array]:
+def fixed(model: Transformer, params: Params, trained: dict[str, Any]) -> dict[str, Any]:
     """What a lesson reads and does not change; the target's head is that of the draft's tokens."""
     ids = trained["ids"]
-    return {"embed": params["embed"], "ids": ids, "head": head_rows(params, model.config, ids)}
+    head = head_rows(params, model.config, ids)
+    return {"embed": params["embed"], "norm": params["norm"], "ids": ids, "head": head}
 
 
 def optimizer(rate: float, total: int) -> optax.GradientTransformation:
@@ -231,7 +186,7 @@ def begin(trained: dict[str, Any], rate: float, total: int) -> Course:
 
 
 @partial(jax.jit, static_argnames=("lesson", "rate", "total"), donate_argnames="course")
-def update(lesson, course: Course, fixed: dict[str, Array], text: Text, *, rate: float, total: int):
+def update(lesson, course: Course, fixed: dict[str, Any], text: Text, *, rate: float, total: int):
     """One update on a batch of rows; also the loss before it, in nats."""
     loss, slope = jax.value_and_grad(lesson.loss)(course.weights, fixed, text)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as Optax is written
@@ -241,7 +196,7 @@ def update(lesson, course: Course, fixed: dict[str, Array], text: Text, *, rate:
 
 
 @partial(jax.jit, static_argnames=("lesson", "k"))
-def accepted(lesson, weights: Params, fixed: dict[str, Array], text: Text, *, k: int) -> Float[Array, "k"]:
+def accepted(lesson, weights: Params, fixed: dict[str, Any], text: Text, *, k: int) -> Float[Array, "k"]:
     """The shares of places in a greedy text where the first 1, 2, … `k` guesses are all right.
 
     Their sum is the mean number of right guesses a round, had every place one round.
@@ -256,6 +211,12 @@ def accepted(lesson, weights: Params, fixed: dict[str, Array], text: Text, *, k:
     return jnp.stack(held)
 
 
+def _normed(config: ModelConfig, weights: Params, x: Float[Array, "*places hidden"]) -> Float[Array, "*places hidden"]:
+    out = Norm(config).apply({"params": weights}, x)
+    assert isinstance(out, jax.Array)
+    return out
+
+
 def _real(text: Text, step: int) -> Bool[Array, "rows pairs"]:
     """Places where a guess in this step comes after the first checked pair, and is of a token that was checked."""
     place = jnp.arange(text.tokens.shape[1] - 1)[None]
@@ -266,7 +227,7 @@ def _mean(x: Float[Array, "rows pairs"], real: Bool[Array, "rows pairs"]) -> Flo
     return jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1).astype(jnp.float32)
 
 
-def _wanted(model: Transformer, fixed: dict[str, Array], text: Text) -> Float[Array, "rows pairs some"]:
+def _wanted(model: Transformer, fixed: dict[str, Any], text: Text) -> Float[Array, "rows pairs some"]:
     """The target's probabilities of the draft's tokens; they need not sum to one."""
     hidden = jnp.asarray(text.hidden)[:, 1:].astype(model.precision.compute)
     return jnp.exp(_logits(model, hidden, fixed["head"]) - jnp.asarray(text.mass)[:, 1:, None])
@@ -278,3 +239,19 @@ def _logits(model: Transformer, hidden, head) -> Float[Array, "*places some"]:
 
 def _cross_entropy(model: Transformer, out, head, wanted) -> Float[Array, "rows pairs"]:
     return -(wanted * jax.nn.log_softmax(_logits(model, out, head), axis=-1)).sum(-1)
+
+
+__all__ = [
+    "Course",
+    "ExitLesson",
+    "HeadsLesson",
+    "Text",
+    "accepted",
+    "answers",
+    "begin",
+    "fitted",
+    "fixed",
+    "frequent",
+    "optimizer",
+    "update",
+]

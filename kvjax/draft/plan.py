@@ -24,6 +24,7 @@ def plan_of(draft: Draft, spec: Speculation, rules: Rules, costs, widths: tuple[
     """The next guesses, and how many of them are worth checking; `worth` is that of a row's tokens."""
     state, view, room = spec.state, view_of(spec, rules), room_of(spec, rules)
     own = draft.observe(spec.own, view)
+    spec = replace(spec, fresh=None if spec.fresh is None else jnp.zeros_like(spec.fresh))
     chance = (spec.right + PRIOR[0]) / (spec.checked + PRIOR[1])
     sizes, nth = jnp.array(widths, jnp.int32), jnp.arange(draft.most)[None]
     chain = jnp.cumprod(jnp.broadcast_to(chance[:, None], (*chance.shape, draft.most)), axis=1)

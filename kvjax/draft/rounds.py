@@ -14,16 +14,15 @@ from kvjax.cache.ahead import ahead, picked, settle
 from kvjax.compact import Compact, compact
 from kvjax.decode.sampling import Rules
 from kvjax.decode.state import NOT_FINITE, emit, emit_at
-from kvjax.draft.base import wants_hidden
 from kvjax.draft.plan import left_of, plan_of, room_of
-from kvjax.draft.state import Speculation, grown, tokens_checked
+from kvjax.draft.state import LONGEST, Speculation, grown, tokens_checked
 from kvjax.draft.tree import paths
 from kvjax.model import with_hidden
 
 MEMORY = 0.9
 """What a row's record of right guesses keeps with each round of more."""
 
-PATIENCE, LONGEST = 4, 8
+PATIENCE = 4
 """After so many steps without guesses there is another before the draft is asked again, up to `LONGEST` of them."""
 
 FORGIVING = 1 - 1 / 256
@@ -60,7 +59,7 @@ def advance(
     def turn(spec: Speculation) -> Speculation:
         worth = left_of(spec.state, rules) if together else jnp.ones(spec.right.shape)
         spec = plan_of(draft, spec, rules, costs, widths, worth)
-        until = spec.idle + (1 if wants_hidden(draft) else jnp.clip(spec.idle // PATIENCE, 1, LONGEST))
+        until = spec.idle + jnp.clip(spec.idle // PATIENCE, 1, LONGEST)
 
         def step(spec: Speculation) -> Speculation:
             return replace(_plain(model, params, rules, spec), rounds=spec.rounds.at[0].add(1), idle=spec.idle + 1)
@@ -161,9 +160,11 @@ def _scored(model, params, spec: Speculation, tokens, lengths, cache, *, last: b
 
 
 def _with_hidden(spec: Speculation, hidden, made: Int[Array, "batch"]) -> Speculation:
-    """With `hidden` of each row's first `made` checked tokens for the draft to look at."""
+    """With `hidden` of each row's first `made` checked tokens behind those that the draft has not looked at yet."""
     if hidden is None:
         return spec
-    assert spec.hidden is not None, "a draft that asked"
-    held = jax.lax.dynamic_update_slice_in_dim(spec.hidden, hidden, 0, axis=1)
-    return replace(spec, hidden=held, fresh=made)
+    assert spec.hidden is not None and spec.fresh is not None, "a draft that asked"
+    nth = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
+    at = jnp.where(nth < made[:, None], spec.fresh[:, None] + nth, spec.hidden.shape[1])
+    held = spec.hidden.at[jnp.arange(made.shape[0])[:, None], at].set(hidden, mode="drop")
+    return replace(spec, hidden=held, fresh=spec.fresh + made)

@@ -59,6 +59,9 @@ def widths(draft: Draft) -> tuple[int, ...]:
     return 0, *(n for n in (2**i - 1 for i in range(1, 16)) if n < draft.most), draft.most
 
 
+LONGEST = 8
+"""Steps that may go by between two plans."""
+
 TILE = 16
 """Rows that XLA's products on a CPU take in at once: 12 took longer than 16."""
 
@@ -81,7 +84,9 @@ def blank(
 ) -> Speculation:
     """Before the first round of a draft, or, with None, of no draft at all."""
     batch, size = text.shape
-    seen = None if draft is None or not wants_hidden(draft) else (batch, draft.most + 1, model.config.hidden)
+    seen = (
+        None if draft is None or not wants_hidden(draft) else (batch, max(draft.most + 1, LONGEST), model.config.hidden)
+    )
     zeros = partial(np.zeros, dtype=np.int32)
     return Speculation(
         state=state,

@@ -12,7 +12,7 @@ from kvjax import Sampling
 from kvjax.cache import Dense
 from kvjax.draft import Chain, EarlyExit, Heads, PromptLookup, distill, load_draft, save_draft, speculate
 from kvjax.draft.turns import reduced
-from kvjax.model import with_hidden
+from kvjax.model import Norm, with_hidden
 from tests.draft.test_drafts import view
 from tests.tiny import prompts, tiny
 
@@ -94,27 +94,30 @@ def test_nothing_is_asked_of_the_target_where_no_draft_wants_it():
     np.testing.assert_array_equal(out.tokens, free.tokens)
 
 
-def test_hidden_states_that_come_to_a_draft_are_the_models_at_those_tokens(monkeypatch):
-    """Whatever was checked at once: after the last round the draft holds those of all tokens but the newest."""
+@pytest.mark.parametrize("costs", [EAGER, [1.0, 99.0, 99.0]], ids=["guessing", "idle"])
+def test_hidden_states_that_come_to_a_draft_are_the_models_at_those_tokens(costs, monkeypatch):
+    """Whatever was checked at once, and however many steps went by: none but the newest token's is missing."""
     model, params = tiny()
     tokens, seen = prompts(5, 2, 7), []
     right = Heads.observe
 
     def observe(self, own, view):
         after = right(self, own, view)
-        jax.debug.callback(lambda *x: seen.append(x), after.hidden, after.start, view.text, view.length, ordered=True)
+        looked = after.hidden, after.start, view.text, view.length, view.fresh
+        jax.debug.callback(lambda *x: seen.append(x), *looked, ordered=True)
         return after
 
     monkeypatch.setattr(Heads, "observe", observe)
     jax.clear_caches()
     good = EarlyExitLike(heads())
-    out = decoded(speculate, tokens, max_new=14, draft=good, costs=EAGER)
+    out = decoded(speculate, tokens, max_new=30, draft=good, costs=costs)
     jax.effects_barrier()
     jax.clear_caches()
-    assert out.speculated.rounds[0] < out.speculated.rounds.sum()
-    hidden, start, text, length = (np.asarray(x) for x in seen[-1])
+    assert (out.speculated.rounds[0] < out.speculated.rounds.sum()) == (costs == EAGER)
+    assert (max(x[4].max() for x in seen) > 4) == (costs != EAGER)
+    hidden, start, text, length, _ = (np.asarray(x) for x in seen[-1])
     whole = with_hidden(model, params, jnp.asarray(text), None, None)[2]
-    assert (start == 7).all() and (length > 12).all()
+    assert (start == 7).all() and (length > 24).all()
     for row in range(2):
         part = slice(start[row], length[row] - 1)
         np.testing.assert_allclose(hidden[row, part], whole[row, part], atol=2e-4)
@@ -125,23 +128,51 @@ def EarlyExitLike(draft):
     return Chain((early(), draft))
 
 
-def text(rows=8, new=24, layer=None):
+def text(rows=8, new=24, layer=None, **settings):
     model, params = tiny()
-    tokens = np.asarray(prompts(9, rows, 5))
-    out = decoded(kvjax.generate, tokens, max_new=new)
-    return distill.harvest(model, params, tokens.tolist(), np.asarray(out.tokens).tolist(), width=new + 1, layer=layer)
+    return distill.answers(model, params, np.asarray(prompts(9, rows, 5)).tolist(), new=new, layer=layer, **settings)
 
 
-def test_what_is_harvested_is_what_the_target_saw_and_said():
+def test_answers_are_those_of_generate_with_what_the_target_saw_and_said():
+    """Prompts of several lengths, a row that ends early, and one that draws."""
     model, params = tiny()
-    got = text(layer=1)
-    assert got.tokens.shape == (8, 25) and got.length.tolist() == [25] * 8
-    np.testing.assert_array_equal(got.best[:, :-1], got.tokens[:, 1:])  # greedy text is what was likeliest
-    whole = np.concatenate([np.asarray(prompts(9, 8, 5))[:, :-1], got.tokens], 1)
-    logits, _, hidden, layers = with_hidden(model, params, jnp.asarray(whole), None, None)
-    np.testing.assert_allclose(got.hidden, hidden[:, 4:], atol=5e-3)
-    np.testing.assert_allclose(got.early, layers[0][:, 4:], atol=2e-2, rtol=2e-3)
-    np.testing.assert_allclose(got.mass, jax.nn.logsumexp(logits, -1)[:, 4:], rtol=1e-3)
+    tokens = [np.asarray(prompts(i, 1, n))[0].tolist() for i, n in enumerate((5, 3, 9))]
+    free = np.asarray(decoded(kvjax.generate, tokens, max_new=24).tokens)
+    sampling = [Sampling(), Sampling(stop=[int(free[1, 6])]), Sampling(temperature=1.0)]
+    out = decoded(kvjax.generate, tokens, max_new=24, sampling=sampling, key=jax.random.key(1))
+    got = distill.answers(model, params, tokens, new=24, sampling=sampling, key=jax.random.key(1), layer=1)
+    assert got.tokens.shape == (3, 25) and got.length.tolist() == out.lengths.tolist() == [24, 7, 24]
+    for row, (prompt, n) in enumerate(zip(tokens, got.length, strict=True)):
+        np.testing.assert_array_equal(got.tokens[row, : n + 1], [prompt[-1], *np.asarray(out.tokens)[row, :n]])
+        whole = jnp.asarray([prompt[:-1] + got.tokens[row, :n].tolist()])
+        logits, _, hidden, layers = with_hidden(model, params, whole, None, None)
+        first = len(prompt) - 1
+        np.testing.assert_array_equal(got.best[row, :n], logits[0, first:].argmax(-1))
+        np.testing.assert_allclose(got.hidden[row, :n], hidden[0, first:], atol=5e-3)
+        np.testing.assert_allclose(got.early[row, :n], layers[0][0, first:], atol=2e-2, rtol=2e-3)
+        np.testing.assert_allclose(got.mass[row, :n], jax.nn.logsumexp(logits, -1)[0, first:], rtol=1e-3)
+
+
+def test_a_fitted_layer_is_the_best_linear_guess():
+    """Its errors have nothing in common with what it sees, and its block adds nothing yet."""
+    model, params = tiny()
+    got, draft = text(rows=32, new=40, sampling=Sampling(temperature=1.0), key=jax.random.key(0)), heads()
+    fixed = distill.fixed(model, params, draft.trained)
+    layer = distill.fitted(model, draft.trained, fixed, got)["layer"]
+    hidden, embedded = jnp.asarray(got.hidden[:, :-2], jnp.float32), params["embed"][got.tokens[:, 1:-1]]
+    both = jnp.concatenate(
+        [Norm(model.config).apply({"params": draft.trained["layer"][f"{name}_norm"]}, x) for name, x in
+         (("hidden", hidden), ("embed", embedded))], -1
+    )  # fmt: skip
+    wanted = jnp.asarray(got.hidden[:, 1:-1], jnp.float32) / params["norm"]["scale"][None, None]
+    error = wanted - both @ layer["fuse"]["kernel"].T
+    common = jnp.einsum("bti,btj->ij", both, error) / error.size
+    assert jnp.abs(common).max() < 0.02 * jnp.abs(jnp.einsum("bti,btj->ij", both, wanted) / error.size).max()
+    lesson, weights = distill.HeadsLesson(model), {"layer": layer, "head": draft.trained["head"]}
+    (state,) = lesson.states(weights, fixed["embed"], got, 1)
+    linear = both @ layer["fuse"]["kernel"].T
+    expected = Norm(model.config).apply({"params": params["norm"]}, linear)
+    np.testing.assert_allclose(state[:, :-1], expected, atol=1e-4)
 
 
 def test_steps_in_training_are_those_of_guessing():
