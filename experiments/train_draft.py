@@ -95,14 +95,15 @@ def run(config: Config, progress: Progress) -> list[Row]:
     trained, shares = _trained(config, model, params, ids, text, seen, lambda x: progress("training", 0.4 + 0.5 * x))
     draft = made(config, model, params, trained)
     save_draft(Path(config.out) / "draft", draft)
-    tell(f"trained in {time.monotonic() - began:.0f} s of this run, written to {Path(config.out) / 'draft'}")
+    taken = time.monotonic() - began
+    tell(f"trained in {taken:.0f} s of this run, written to {Path(config.out) / 'draft'}")
     progress("timing", 0.9)
     sampling = kvjax.Sampling(stop=tokenizer.stop_ids)
     timings, differing, costs = compare(
         model, params, test, 1, {config.kind: draft}, config.new, config.turns, sampling, lambda x: None
     )
     rows = [row(name, "unseen", 1, timings, differing[name], costs[name]) for name in (PLAIN, config.kind)]
-    rows[1] |= {"trained_s": time.monotonic() - began, "expected": float(shares.sum()), "shares": shares.tolist()}
+    rows[1] |= {"trained_s": taken, "expected": float(shares.sum()), "shares": shares.tolist()}
     return rows
 
 

@@ -20,7 +20,7 @@ class Level:
     """One preset.
 
     Args:
-        adds: what it has that the level below lacks, and the figure that shows it.
+        adds: what it has that the level below lacks.
         rows: requests at once.
         cache: how keys and values are kept; a `Paged` one gets a pool of `memory` rows.
         memory: rows of full length that the cache has room for.

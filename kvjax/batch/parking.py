@@ -18,7 +18,7 @@ from kvjax.cache.base import Cache, nbytes
 from kvjax.cache.dense import DenseLayer
 from kvjax.cache.paged import PagedLayer
 from kvjax.cache.quantize import affine
-from kvjax.decode.sampling import power_of_two
+from kvjax.decode.widths import power_of_two
 from kvjax.draft.base import Draft
 from kvjax.model import Transformer
 from kvjax.pytree import pytree, static

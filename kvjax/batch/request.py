@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from kvjax.decode.sampling import GREEDY, Sampling
 
@@ -30,6 +32,20 @@ class Request:
     arrival: float | int = 0
     speculate: bool = True
 
+    def __post_init__(self):
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"Request: `sampling` must be a Sampling, got {self.sampling!r}")
+        check_number("Request", "priority", self.priority)
+        check_number("Request", "arrival", self.arrival)
+        if not isinstance(self.speculate, bool):
+            raise ValueError(f"Request: `speculate` must be True or False, got {self.speculate!r}")
+
+
+def check_number(where: str, name: str, value: float | int) -> None:
+    """Raise ValueError for what is no finite number."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{where}: `{name}` must be a finite number, got {value!r}")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -38,8 +54,8 @@ class Result:
     Args:
         tokens, logprobs: the new ones, as in `Output`.
         reason: one of `REASONS`, "cancelled", or "refused", and then `error` says why.
-        arrived, first, done: seconds: when it was submitted, had its first token (None if it never did), and left.
-        reused: tokens of its prompt that the prefix store had.
+        arrived, first, done: seconds: when `serve` read it, had its first token (None if it never did), and left.
+        reused: tokens of its prompt that the prefix store had, the most of any time it was seated.
         parked: how often it gave up its row to another.
         proposed, accepted: guesses checked, and right.
     """

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Hashable, Iterable
 from dataclasses import dataclass, replace
 
-from kvjax.batch.request import Request, Result
+from kvjax.batch.request import Request, Result, check_number
 from kvjax.batch.serving import Serving, cancel, submit, turn
 from kvjax.model import Params, Transformer
 
@@ -17,6 +17,9 @@ class Cancel:
 
     name: Hashable
     arrival: float | int = 0
+
+    def __post_init__(self):
+        check_number("Cancel", "arrival", self.arrival)
 
 
 def serve(
@@ -33,7 +36,8 @@ def serve(
     gets the tokens that `generate` gives it alone, up to rounding in the logits, whatever comes beside it.
 
     Args:
-        serving: what `batch.open` makes, or an earlier `serve` returned; its arrays are donated.
+        serving: what `batch.open` makes, or an earlier `serve` returned; its arrays are donated. It is lost if this
+            is left before its end: to stop early, send a `Cancel` for each request.
         requests: any iterable, in order of arrival; it is read as far as needed. `Cancel`s may stand among them.
         pace: how much faster than by their `arrival` requests come: 1 is as it says. None takes no notice of it: the
             next comes when there are fewer waiting than slots.

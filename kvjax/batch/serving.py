@@ -24,8 +24,11 @@ from kvjax.cache.prefix import Policy, PrefixStore, keep, make_room, open_store,
 from kvjax.decode.generation import check_counts
 from kvjax.decode.grammars import table_bytes
 from kvjax.decode.sampling import checked
-from kvjax.decode.state import REASONS, RUNNING
+from kvjax.decode.state import NOT_FINITE, REASONS, RUNNING
+from kvjax.decode.stops import too_many
 from kvjax.draft.base import Draft
+from kvjax.draft.speculation import check_costs
+from kvjax.draft.state import widths
 from kvjax.grammar.grammar import MOST_BYTES, Grammar
 from kvjax.model import Params, Transformer
 
@@ -40,7 +43,7 @@ class Settings:
         patience: seconds of waiting that count for one of priority.
         preempt: what becomes of a row's keys when it must give it up: `"recompute"`, `"offload"` or `"compress"`.
             What is kept in 8 bits is no longer exact; a lossy cache may come to keep other tokens when recomputed.
-        draft, costs: as `speculate` takes them.
+        draft, costs: as `batch.decode` takes them.
         prefill: model and parameters that prompts are taken in by, of the same config, such as one of less precision.
     """
 
@@ -57,6 +60,12 @@ class Settings:
         check_counts("Settings", chunk=self.chunk, steps=self.steps)
         if not self.patience > 0:
             raise ValueError(f"Settings: `patience` must be above 0 seconds, got {self.patience}")
+        if self.prefill is not None and not (
+            isinstance(self.prefill, tuple) and len(self.prefill) == 2 and isinstance(self.prefill[0], Transformer)
+        ):
+            raise ValueError(
+                f"Settings: `prefill` must be a model and its parameters, got {type(self.prefill).__name__}"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,10 @@ def open(
         model, strategy, slots=slots, capacity=capacity, max_new=max_new, draft=settings.draft, key=key, ids=ids
     )
     check_way(made, settings.preempt, "batch.open")
+    if settings.prefill is not None and settings.prefill[0].config != model.config:
+        raise ValueError("batch.open: `prefill` must be of the model's config; only its precision may differ")
+    if settings.draft is not None:
+        check_costs(settings.costs, widths(settings.draft), "batch.open")
     kept = None if store is None else open_store(made.cache, store)
     return Serving(made, settings, key, kept, (None,) * slots)
 
@@ -196,14 +209,16 @@ def _seat(model, serving: Serving, time: float) -> Serving:
 def _fits(serving: Serving, ticket: Ticket) -> tuple[Serving, bool]:
     """Whether what a request brings, or its first chunk, finds pages, or it would have to leave again at once.
 
-    Also whether its grammar finds room beside the others'.
+    Also whether its grammar and stop strings find room beside the others'.
     """
     if not any(serving.seated):
         return serving, True
-    if (grammar := ticket.request.sampling.grammar) is not None:
-        vocab = serving.slots.spec.state.seen.shape[1]
-        if table_bytes([*_grammars(serving), grammar], vocab) > MOST_BYTES:
-            return serving, False
+    vocab = serving.slots.spec.state.seen.shape[1]
+    if too_many([*_strings(serving), ticket.request.sampling.stop_strings], vocab):
+        return serving, False
+    grammar = ticket.request.sampling.grammar
+    if grammar is not None and table_bytes([*_grammars(serving), grammar], vocab) > MOST_BYTES:
+        return serving, False
     need = min(len(ticket.request.tokens), serving.settings.chunk) if ticket.kept is None else ticket.kept.length + 1
     return _roomy(serving, _alone(serving, serving.seated.index(None), need))
 
@@ -228,18 +243,20 @@ def _admit(model, serving: Serving, row: int, ticket: Ticket) -> Serving:
             speculate=request.speculate,
             made=None if kept is None else kept.made,
         )
-        whole = [*request.tokens, *([] if kept is None else kept.made.tokens)]
-        serving, reused = _reused(replace(serving, slots=slots), row, whole[: int(watch(slots).goal[row])])
-        ticket = replace(ticket, reused=ticket.reused + reused)
+        serving = replace(serving, slots=slots)
     waiting = tuple(t for t in serving.waiting if t.number != ticket.number)
     serving = _with_seat(replace(serving, waiting=waiting), row, replace(ticket, kept=None))
     if request.sampling.stop_strings:
-        strings = [() if t is None else tuple(t.request.sampling.stop_strings) for t in serving.seated]
-        serving = replace(serving, slots=heed(serving.slots, strings, settings.tokenizer))
+        serving = replace(serving, slots=heed(serving.slots, _strings(serving), settings.tokenizer))
     grammars, idle = _grammars(serving), serving.slots.rules.grammars.none
     if request.sampling.grammar is not None or not (idle or any(grammars)):
         serving = replace(serving, slots=constrain(serving.slots, grammars))
     return serving
+
+
+def _strings(serving: Serving) -> list[Sequence[str]]:
+    """Stop strings of each row."""
+    return [() if t is None else t.request.sampling.stop_strings for t in serving.seated]
 
 
 def _grammars(serving: Serving) -> list[Grammar | None]:
@@ -247,15 +264,21 @@ def _grammars(serving: Serving) -> list[Grammar | None]:
     return [None if t is None else t.request.sampling.grammar for t in serving.seated]
 
 
-def _reused(serving: Serving, row: int, text: list[int]) -> tuple[Serving, int]:
-    """A new row with what the store has of its text, and how much that is."""
-    if serving.store is None:
+def _reused(serving: Serving, row: int, goal: int) -> tuple[Serving, int]:
+    """A row that holds nothing yet with what the store has of its text, and how much that is."""
+    ticket = serving.seated[row]
+    if serving.store is None or ticket is None:
         return serving, 0
+    (made,) = look(serving.slots, [row])
+    text = [*ticket.request.tokens, *made.tokens][:goal]
     try:
         store, cache, rest = reuse(serving.store, serving.slots.cache, _only(serving, row, text))
     except ValueError:  # too little room for all of the rest: the row takes it in as it comes
         return serving, 0
-    return replace(serving, store=store, slots=with_cache(serving.slots, cache)), len(text) - len(rest[row])
+    reused = len(text) - len(rest[row])
+    serving = replace(serving, store=store, slots=with_cache(serving.slots, cache))
+    most = max(ticket.reused, min(reused, len(ticket.request.tokens)))
+    return _with_seat(serving, row, replace(ticket, reused=most)), reused
 
 
 def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[Result]]:
@@ -267,6 +290,9 @@ def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[R
         if serving.seated[row] is None:  # it has given way to one before it
             continue
         left = int(now.goal[row] - now.held[row])
+        if not now.held[row]:  # asked now, when prompts that were seated with it may be in the store already
+            serving, reused = _reused(serving, row, left)
+            left -= reused
         taken = min(left, settings.chunk, feed_width(left, settings.chunk, serving.slots.capacity))
         lengths = _alone(serving, row, taken)
         serving, good = _roomy(serving, lengths)
@@ -281,9 +307,8 @@ def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[R
             continue
         slots = feed(with_model, with_params, serving.slots, row, chunk=settings.chunk)
         serving = replace(serving, slots=slots)
-        if taken == left:
-            tokens = list(ticket.request.tokens)
-            serving = _remember(serving, row, time) if ticket.parked else _keep(serving, row, tokens, time)
+        if taken == left and serving.store is not None:
+            serving = _remember(serving, row, time)
     serving, ended = _finished(serving, time)
     return serving, results + ended
 
@@ -361,21 +386,15 @@ def _with_seat(serving: Serving, row: int, ticket: Ticket | None) -> Serving:
 
 
 def _remember(serving: Serving, row: int, time: float) -> Serving:
-    """Keep a row's text so far in the store."""
+    """Keep a row's text so far, which it has taken in, in the store."""
     if serving.store is None:
         return serving
     ticket, slots = serving.seated[row], serving.slots
     assert ticket is not None, "a row with a request"
     (made,), length = look(slots, [row]), int(watch(slots).held[row])
-    return _keep(serving, row, [*ticket.request.tokens, *made.tokens][:length], time)
-
-
-def _keep(serving: Serving, row: int, text: list[int], time: float) -> Serving:
-    """Keep a row's text, which it has taken in, in the store."""
-    if serving.store is None:
+    if made.reason == NOT_FINITE:  # nobody should go on from such keys
         return serving
-    ticket = serving.seated[row]
-    assert ticket is not None, "a row with a request"
+    text = [*ticket.request.tokens, *made.tokens][:length]
     asked = _alone(serving, row, min(len(ticket.request.tokens), len(text))).tolist()
     store, cache = keep(serving.store, serving.slots.cache, _only(serving, row, text), prompts=asked, time=time)
     return replace(serving, store=store, slots=with_cache(serving.slots, cache))

@@ -16,8 +16,9 @@ from kvjax.cache.base import Cache, Strategy
 from kvjax.cache.shared import Shared
 from kvjax.decode import state as decoding
 from kvjax.decode.generation import check_counts
-from kvjax.decode.sampling import GREEDY, Rules, power_of_two, rules
+from kvjax.decode.sampling import GREEDY, Rules, rules
 from kvjax.decode.state import RUNNING, State
+from kvjax.decode.widths import power_of_two
 from kvjax.draft.base import Draft
 from kvjax.draft.state import Speculation, blank
 from kvjax.model import Transformer

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from kvjax.batch.slots import WAITING, Slots, put_row_of_slots, row_of_slots, watch
 from kvjax.decode import state as decoding
 from kvjax.decode.generation import check_counts
-from kvjax.decode.sampling import power_of_two
 from kvjax.decode.state import RUNNING
+from kvjax.decode.widths import power_of_two
 from kvjax.draft.base import Draft
 from kvjax.draft.rounds import advance
 from kvjax.draft.speculation import paid_for

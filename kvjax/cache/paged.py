@@ -55,7 +55,9 @@ class PagedLayer(InOrder):
 
         def load(first, count):
             cut = jax.lax.dynamic_slice_in_dim(table[:count], first // page, taken, axis=1)
-            return tuple(self._gathered(pool, cut) for pool in (self.k, self.v))
+            k, v = (self._gathered(pool, cut) for pool in (self.k, self.v))
+            mine = jnp.repeat(first + jnp.arange(v.shape[1])[None] < filled[:count, None], self.kv_heads, axis=0)
+            return k, jnp.where(mine[..., None], v, 0)  # another row's NaN would pass a weight of zero
 
         held = jnp.where(slots < filled[:, None], slots, -1)
         counts = [batch // 4**i for i in range(1, 4) if batch // 4**i]

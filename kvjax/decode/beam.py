@@ -22,10 +22,11 @@ from kvjax.cache.paged import Paged, release
 from kvjax.decode.generation import Output, check_counts
 from kvjax.decode.grammars import Grammars, allowed, complete, follow, targets
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
-from kvjax.decode.sampling import Sampling, power_of_two, rules
+from kvjax.decode.sampling import Sampling, rules
 from kvjax.decode.spread import check_room, spread
 from kvjax.decode.state import COMPLETE, LIMIT, NOT_FINITE, STOP_TOKEN
 from kvjax.decode.step import fill
+from kvjax.decode.widths import power_of_two
 from kvjax.grammar.grammar import Grammar
 from kvjax.model import Params, Transformer, cached
 from kvjax.pytree import pytree

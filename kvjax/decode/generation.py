@@ -13,9 +13,10 @@ from kvjax.cache.base import Cache, check, is_whole
 from kvjax.cache.prefix import PrefixStore, keep, reuse
 from kvjax.decode import state as decoding
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
-from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two, rules
+from kvjax.decode.sampling import GREEDY, Rules, Sampling, rules
 from kvjax.decode.state import REASONS, State
 from kvjax.decode.step import fill
+from kvjax.decode.widths import power_of_two
 from kvjax.model import Params, Transformer
 
 

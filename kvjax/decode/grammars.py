@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from kvjax.decode.widths import power_of_two
 from kvjax.grammar.grammar import MOST_BYTES, Grammar
 from kvjax.pytree import pytree
 
@@ -123,4 +124,4 @@ def _state(grammars: Grammars, which: Int[Array, "batch"], ruled: Int[Array, "ba
 
 def _rounded(n: int) -> int:
     """To a power of two; 0 stays."""
-    return n and 1 << (n - 1).bit_length()
+    return n and power_of_two(n)

@@ -20,9 +20,10 @@ from kvjax.cache.paged import Paged
 from kvjax.decode import state as decoding
 from kvjax.decode.generation import Begun, Output, check_counts, finish, seen_in
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
-from kvjax.decode.sampling import GREEDY, Sampling, power_of_two, rules
+from kvjax.decode.sampling import GREEDY, Sampling, rules
 from kvjax.decode.spread import check_room, regroup, spread
 from kvjax.decode.step import fill
+from kvjax.decode.widths import power_of_two
 from kvjax.model import Params, Transformer
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from kvjax.decode.grammars import Grammars, check_size, pack
-from kvjax.decode.stops import Automaton, compile_stops
+from kvjax.decode.stops import Automaton, compile_stops, too_many
+from kvjax.decode.widths import power_of_two
 from kvjax.grammar.grammar import Grammar, digest_of
 from kvjax.pytree import pytree
 
@@ -78,7 +79,7 @@ class Sampling:
         need(math.isfinite(self.frequency), "frequency", "finite")
         need(all(value < float("inf") for value in self.bias.values()), "bias", "finite, or -inf to ban a token")
         need(not isinstance(self.stop_strings, str), "stop_strings", "a sequence of texts, not one text")
-        need(all(self.stop_strings), "stop_strings", "free of empty texts")
+        need(all(isinstance(x, str) and x for x in self.stop_strings), "stop_strings", "texts, and none of them empty")
         need(self.seed is None or 0 <= self.seed < 2**32, "seed", "None or in [0, 2**32)")
         need(isinstance(self.grammar, Grammar | None), "grammar", "None or one of kvjax.grammar's")
         need(self.limit is None or self.limit >= 1, "limit", "None or at least 1")
@@ -167,9 +168,9 @@ def checked(
     """A setting for each row, as `fitted` gives it.
 
     Raises:
-        ValueError: for another number of settings than rows, an id outside the vocabulary, a row that
-            samples without a `key`, or a grammar that is of another vocabulary, has no text that the row's other
-            settings allow, or none as short as its limit.
+        ValueError: for another number of settings than rows, an id outside the vocabulary, a row that samples without
+            a `key`, more stop strings than fit, or a grammar that is of another vocabulary, has no text that the row's
+            other settings allow, or none as short as its limit.
     """
     rows = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
     if wrong := [row for row in rows if not isinstance(row, Sampling)]:
@@ -185,6 +186,8 @@ def checked(
                 raise ValueError(f"Sampling: `{name}` ids must be in [0, {vocab}), got {wrong}")
     if any(sum(value == -np.inf for value in _biases(row).values()) >= vocab for row in rows):
         raise ValueError(f"Sampling: `banned` must leave a token, but all {vocab} of the vocabulary are")
+    if why := too_many([row.stop_strings for row in rows], vocab):
+        raise ValueError(f"Sampling: {why}")
     rows = [fitted(row, vocab, max_new, tokenizer) for row in rows]
     check_size([row.grammar for row in rows], vocab)
     return rows
@@ -230,11 +233,6 @@ def fitted(row: Sampling, vocab: int, max_new: int, tokenizer) -> Sampling:
 @jax.jit
 def _row_keys(key: Key[Array, ""], seeds: UInt32[Array, "batch"]) -> Key[Array, "batch"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least `n`."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _padded(rows: Sequence[Sequence[float | int]], fill: float | int, dtype, width: int) -> np.ndarray:

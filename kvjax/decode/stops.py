@@ -12,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
+from kvjax.decode.widths import power_of_two
 from kvjax.pytree import pytree
 
 MOST = 32
 """Distinct stop strings in one batch: a bit each."""
+
+MOST_BYTES = 1 << 28
+"""Of the tables of one batch, which have two numbers for each letter of the strings and each token."""
 
 
 @pytree
@@ -33,17 +37,39 @@ def compile_stops(
 
     A string may begin and end inside tokens. Without any the tables are empty, and cost nothing.
     """
-    texts = list(dict.fromkeys(text for row in rows for text in row))
+    texts = _distinct(rows)
     if not texts:
         empty = Automaton(jnp.zeros((0, 0), jnp.int32), jnp.zeros((0, 0), jnp.uint32))
         return np.zeros(len(rows), np.uint32), empty
     if tokenizer is None:
         raise ValueError("Sampling: `stop_strings` need the call's `tokenizer`, to know each token's text")
-    if len(texts) > MOST:
-        raise ValueError(f"Sampling: a batch may have at most {MOST} distinct stop strings, got {len(texts)}")
+    if why := too_many(rows, vocab):
+        raise ValueError(f"Sampling: {why}")
     heeded = np.array([sum(1 << texts.index(text) for text in set(row)) for row in rows], np.uint32)
     goto, ends = _byte_automaton([text.encode() for text in texts])
     return heeded, _over_tokens(goto, ends, tokenizer.token_bytes(), vocab)
+
+
+def too_many(rows: Sequence[Sequence[str]], vocab: int) -> str | None:
+    """Why the stop strings of a batch cannot be heeded together, if so."""
+    texts = _distinct(rows)
+    if len(texts) > MOST:
+        return f"a batch may have at most {MOST} distinct stop strings, got {len(texts)}"
+    begun: dict[tuple[int, int], int] = {}
+    for text in texts:
+        state = 0
+        for byte in text.encode():
+            state = begun.setdefault((state, byte), len(begun) + 1)
+    if (size := power_of_two(len(begun) + 1) * vocab * 8) > MOST_BYTES:
+        return (
+            f"the tables of the batch's stop strings would take {size >> 20} MiB, more than {MOST_BYTES >> 20}: use "
+            "fewer or shorter ones"
+        )
+    return None
+
+
+def _distinct(rows: Sequence[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(text for row in rows for text in row))
 
 
 def _byte_automaton(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +85,7 @@ def _byte_automaton(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
                 own.append(0)
             state = children[state][byte]
         own[state] |= 1 << bit
-    states = 1 << (len(children) - 1).bit_length()
+    states = power_of_two(len(children))
     goto, ends = np.zeros((states, 256), np.int32), np.zeros(states, np.uint32)
     fallback, queue = [0] * len(children), deque([0])
     while queue:

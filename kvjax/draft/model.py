@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.base import Cache
 from kvjax.cache.dense import Dense
@@ -24,12 +24,14 @@ class ByText(InTurn):
     """A draft that reads the text with a `model` and a dense cache of its own; `score` is its step."""
 
     def init(self: Any, batch: int, size: int) -> Cache:
-        if self.model.config.rope is None and size + self.k > self.model.config.max_positions:
-            raise ValueError(
-                f"{type(self).__name__}: prompt, new tokens and guesses need {size + self.k} positions, but the draft "
-                f"has learnt {self.model.config.max_positions}"
-            )
-        return Dense().init(self.model, batch=batch, capacity=size + self.k)
+        most = size + self.k
+        if self.model.config.rope is None:  # it guesses up to the last position that it has learnt
+            most = min(most, self.model.config.max_positions)
+        return Dense().init(self.model, batch=batch, capacity=most)
+
+    def able(self: Any, own: Cache, view: View) -> Bool[Array, "batch"]:
+        assert own.capacity is not None, "dense"
+        return view.running & (view.length + self.k <= own.capacity)
 
     def observe(self, own: Cache, view: View) -> Cache:
         """Guesses that were wrong are forgotten: their slots are written again before they are seen."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.ahead import ahead, picked, settle
 from kvjax.compact import Compact, compact
 from kvjax.decode.sampling import Rules
-from kvjax.decode.state import NOT_FINITE, emit, emit_at
+from kvjax.decode.state import emit, emit_at
 from kvjax.draft.plan import left_of, plan_of, room_of
 from kvjax.draft.state import LONGEST, Speculation, grown, tokens_checked
 from kvjax.draft.tree import paths
@@ -91,10 +91,14 @@ def _plain(model, params, rules: Rules, spec: Speculation) -> Speculation:
 def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Speculation:
     """Check up to `width` guesses a row, and keep those that are what would have been chosen, and the token after.
 
+    None are checked in a row whose cache has no room for all of them.
     What would have been chosen after a node of the tree is looked for among its children; a chain has one each.
     """
     state, cache, had = spec.state, spec.state.cache, spec.state.lengths
     guess, count, nth = spec.guess[:, :width], jnp.minimum(spec.count, width), jnp.arange(width, dtype=jnp.int32)
+    _, crowded = cache.opened(jnp.where(state.running, 1 + count, 0))
+    count = jnp.where(crowded, 0, count)
+    _, full = cache.opened(jnp.where(state.running, 1 + count, 0))
     real, above = nth[None] < count[:, None], nth[None]
     path = None
     if spec.parent is not None:
@@ -111,8 +115,10 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
 
     def after(at: Int[Array, "batch"]) -> Float[Array, "batch vocab"]:
         if places is None:
-            return picked(logits, at[:, None])[:, 0]
-        return jnp.take(logits[0], picked(places.place, at[:, None])[:, 0], axis=0, mode="clip")
+            next_one = picked(logits, at[:, None])[:, 0]
+        else:
+            next_one = jnp.take(logits[0], picked(places.place, at[:, None])[:, 0], axis=0, mode="clip")
+        return jnp.where(full[:, None], jnp.nan, next_one)  # as where a token is taken in for which there is no room
 
     def follow(carry: tuple[Any, ...]):
         j, at, way, tried, agreeing, state = carry
@@ -134,9 +140,8 @@ def _round(model, params, rules: Rules, width: int, spec: Speculation) -> Specul
     if path is not None:
         guess = picked(guess, way[:, 1:] - 1)
         hidden = None if hidden is None else picked(hidden, way)
-    cache, full = settle(cache, seen, made, None if path is None else way)
-    reason = jnp.where(full & state.running, NOT_FINITE, ended.reason)
-    state = replace(ended, cache=cache, reason=reason, step=state.step + 1)
+    cache, _ = settle(cache, seen, made, None if path is None else way)
+    state = replace(ended, cache=cache, step=state.step + 1)
     hit = jnp.maximum(made - 1, 0)
     keep = jnp.where(count > 0, MEMORY, FORGIVING)
     spec = replace(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ from kvjax.cache.base import Cache
 from kvjax.decode import state as decoding
 from kvjax.decode.generation import Begun, Output, Step, finish, start
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
-from kvjax.decode.sampling import GREEDY, Rules, Sampling, power_of_two
+from kvjax.decode.sampling import GREEDY, Rules, Sampling
 from kvjax.decode.state import State
+from kvjax.decode.widths import power_of_two
 from kvjax.draft.base import Draft
 from kvjax.draft.rounds import LONGEST, PATIENCE, advance
 from kvjax.draft.state import Speculation, blank, grown, widths
@@ -72,7 +74,8 @@ def speculate(
         draft: what guesses, such as `kvjax.draft.PromptLookup()`.
         before: what the cache holds of each row already, for the draft to look at: earlier turns of a chat, say.
         costs: what a call of the model with each number of guesses of `widths(draft)` takes, in any unit. None
-            measures it, on the first rounds.
+            takes what was measured for this model, batch, cache and draft; the first call measures it, on its first
+            rounds.
         **others: as `generate` takes them.
     Returns:
         What `generate` returns; `speculated` says how it went.
@@ -82,9 +85,7 @@ def speculate(
     begun, spec, run, choices = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
-    paid = paid_for(costs, choices)
-    if costs is None and not traced(begun.state.reason):
-        spec, paid = _measured(run, spec, begun.rules, choices)
+    spec, paid = _paid(model, draft, spec, begun.rules, run, choices, costs)
     spec = run(spec, begun.rules, paid, jnp.iinfo(jnp.int32).max)
     return _ended(begun, spec, paid, choices, max_new)
 
@@ -107,12 +108,16 @@ def stream(
 ) -> Generator[Step, None, Output]:
     """`speculate`, yielding tokens as they come, as `kvjax.stream` does: several at once where guesses were right.
 
-    Without `costs` they are taken to be a tenth of a step for each guess.
+    Costs that are not known are measured as rounds go by.
     """
     begun, spec, run, choices = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
-    paid, had = paid_for(costs, choices), np.zeros(spec.length.shape, np.int32)
+    kind = _kind(model, draft, spec)
+    measuring, seconds = costs is None and kind not in _KNOWN, np.full(len(choices), np.inf)
+    paid = paid_for(_KNOWN.get(kind) if costs is None else costs, choices)
+    spec = run(spec, begun.rules, paid, 0)  # compiled before the first token is seen
+    had = np.zeros(spec.length.shape, np.int32)
     while True:
         made, table, scores, reason = (
             np.array(x) for x in (spec.state.lengths, spec.state.tokens, spec.state.logprobs, spec.state.reason)
@@ -124,14 +129,19 @@ def stream(
             yield Step(np.where(fresh, token, -1), np.where(fresh, score, np.float32(0)), ended)
         if (reason != decoding.RUNNING).all():
             return _ended(begun, spec, paid, choices, max_new)
+        rounds, started = np.array(spec.rounds), time.perf_counter()
         had, spec = made, run(spec, begun.rules, paid, 1)
+        if measuring:
+            which = np.asarray(spec.rounds) > rounds
+            seconds = np.where(which, np.minimum(seconds, time.perf_counter() - started), seconds)
+            paid = jnp.asarray(_filled(seconds, choices))
 
 
 def _opened(
     model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
 ) -> tuple[Begun, Speculation, Callable, tuple[int, ...]]:
     """After the prompts and before the first round: also what runs rounds, and the numbers of guesses it can check."""
-    if not isinstance(draft, Draft):
+    if not isinstance(draft, Draft) or isinstance(draft, type):
         raise ValueError(f"speculate: `draft` must be one of kvjax.draft's, got {draft!r}")
     draft.check(model.config)
     choices = widths(draft)
@@ -139,11 +149,7 @@ def _opened(
         raise ValueError(
             f"speculate: the draft's `k` must be below the cache's capacity, {cache.capacity}, got {draft.most}"
         )
-    if costs is not None and np.shape(costs) != (len(choices),):
-        raise ValueError(
-            f"speculate: `costs` must have {len(choices)} entries, one for each of {choices} guesses, "
-            f"got shape {np.shape(costs)}"
-        )
+    check_costs(costs, choices, "speculate")
     begun = start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, "speculate")
     texts = begun.tokens, begun.lengths
     if before is not None:
@@ -152,9 +158,41 @@ def _opened(
     return begun, spec, partial(advance, model, params, draft, widths=choices), choices
 
 
+def check_costs(costs, choices: tuple[int, ...], where: str) -> None:
+    """Raise ValueError for costs that are not one number above 0 for each number of guesses; None is good."""
+    if costs is None:
+        return
+    if np.shape(costs) != (len(choices),):
+        raise ValueError(
+            f"{where}: `costs` must have {len(choices)} entries, one for each of {choices} guesses, "
+            f"got shape {np.shape(costs)}"
+        )
+    if not traced(costs) and not (np.asarray(costs) > 0).all():
+        raise ValueError(f"{where}: `costs` must be above 0, got {np.asarray(costs).tolist()}")
+
+
 def paid_for(costs, choices: tuple[int, ...]) -> Float[Array, "choices"]:
     """`costs` as an array; where None are given, those that are taken for granted."""
     return jnp.asarray(_guessed(choices) if costs is None else costs, jnp.float32)
+
+
+_KNOWN: dict[Any, Array] = {}
+"""Costs that were measured in this process, as programs are compiled once in it."""
+
+
+def _paid(model, draft, spec: Speculation, rules: Rules, run, choices, costs) -> tuple[Speculation, Array]:
+    """Costs that are given, known or measured now; and what was made meanwhile."""
+    if costs is not None or traced(spec.state.reason):
+        return spec, paid_for(costs, choices)
+    if (kind := _kind(model, draft, spec)) not in _KNOWN:
+        spec, _KNOWN[kind] = _measured(run, spec, rules, choices)
+    return spec, _KNOWN[kind]
+
+
+def _kind(model: Transformer, draft: Draft, spec: Speculation) -> Any:
+    """What costs depend on."""
+    cache = spec.state.cache
+    return model, jax.tree.structure((draft, cache)), cache.batch, cache.capacity
 
 
 def _ended(begun: Begun, spec: Speculation, paid, choices: tuple[int, ...], max_new: int) -> Output:

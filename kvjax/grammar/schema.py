@@ -69,19 +69,23 @@ def json_schema(schema: Mapping[str, Any] | str, tokenizer: Vocabulary) -> Gramm
         ValueError: naming the place of a keyword that is not supported or not valid, for a schema that nothing
             satisfies, or for what `regex` refuses.
     """
-    root = _parsed(schema)
+    try:
+        root = _parsed(schema)
+        exact = json.dumps(_exact(root, root, "#", ()), ensure_ascii=False)
+    except RecursionError as error:
+        raise ValueError("json_schema: `schema` is nested too deeply") from error
+    except (TypeError, OverflowError) as error:
+        raise ValueError(
+            f"json_schema: `schema` has a value of a kind that its keyword cannot have: {error}"
+        ) from error
     pieces = vocabulary_of(tokenizer, "json_schema")
     try:
         from outlines_core import json_schema as outlines
     except ImportError as error:
         raise ImportError("a grammar needs outlines-core: pip install 'kvjax[grammar]'") from error
     try:
-        pattern = outlines.build_regex_from_schema(json.dumps(_exact(root, root, "#", ()), ensure_ascii=False))
-    except RecursionError as error:
-        raise ValueError("json_schema: `schema` is nested too deeply") from error
+        pattern = outlines.build_regex_from_schema(exact)
     except ValueError as error:
-        if str(error).startswith("json_schema: "):
-            raise
         raise ValueError(f"json_schema: `schema` is not supported: {error}") from error
     return over_tokens(json.dumps(root), *over_bytes(pattern, alone=False), pieces)
 
@@ -89,9 +93,8 @@ def json_schema(schema: Mapping[str, Any] | str, tokenizer: Vocabulary) -> Gramm
 def _parsed(schema: Any) -> Any:
     """The schema as plain JSON data."""
     try:
-        if isinstance(schema, str):
-            return json.loads(schema)
-        return json.loads(json.dumps(schema, allow_nan=False))
+        data = json.loads(schema) if isinstance(schema, str) else schema
+        return json.loads(json.dumps(data, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"json_schema: `schema` must be JSON, as data or text, got {schema!r:.80}: {error}") from error
 

@@ -39,7 +39,7 @@ def run(command: Generate) -> int:
     draft = None if make is None else make(session)
     ids = _encode(session, prompt, command.raw)
     capacity = room_for(session, command.where, len(ids), command.max_new)
-    cache = new_cache(session, capacity)
+    cache = new_cache(session, capacity, max(command.n, command.beam))
     held = kvjax.nbytes(cache)
     grammar = None if compiled is None else compiled(session.tokenizer)
     if command.n != 1 or command.beam:

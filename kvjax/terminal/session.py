@@ -7,13 +7,13 @@ import difflib
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import kvjax
-from kvjax.cache import STRATEGIES, Cache, Strategy
+from kvjax.cache import STRATEGIES, Cache, Paged, Strategy
 from kvjax.cli import Choice, Where
 from kvjax.compiler import persist
 from kvjax.decode import Sampling
@@ -180,9 +180,12 @@ def room_for(session: Session, where: Where, prompt: int, max_new: int) -> int:
     return limit if where.capacity is not None else min(-(-need // ROUND) * ROUND, most)
 
 
-def new_cache(session: Session, capacity: int) -> Cache:
-    """An empty cache of one row."""
-    return session.strategy.init(session.model, batch=1, capacity=capacity)
+def new_cache(session: Session, capacity: int, rows: int = 1) -> Cache:
+    """An empty cache of one row, with pages for as many as it will be forked to."""
+    strategy = session.strategy
+    if isinstance(strategy, Paged) and strategy.pool is None:
+        strategy = replace(strategy, pool=rows * -(-capacity // strategy.page))
+    return strategy.init(session.model, batch=1, capacity=capacity)
 
 
 def announce(show: Show) -> None:

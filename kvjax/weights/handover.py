@@ -22,7 +22,7 @@ from kvjax.cache.attention import Mask
 from kvjax.cache.base import Cache, LayerSpec, Strategy, layer_spec
 from kvjax.cache.dense import Dense
 from kvjax.cache.shared import Shared
-from kvjax.decode.sampling import power_of_two
+from kvjax.decode.widths import power_of_two
 from kvjax.model import Transformer
 from kvjax.weights.checkpoint import differing, new_folder, restore, save
 from kvjax.weights.safetensors_file import read_json
@@ -88,8 +88,8 @@ def import_cache(
     if not (path / _MARK).exists():
         raise FileNotFoundError(f"import_cache: no hand-over at {path} (a folder with {_MARK}, as export_cache writes)")
     about = read_json(path / _MARK)
-    if about.get("format") != _FORMAT:
-        raise ValueError(f"import_cache: {path / _MARK} is not of format {_FORMAT}")
+    if about.get("format") != _FORMAT or not {"lengths", "width", "config", "dtypes"} <= about.keys():
+        raise ValueError(f"import_cache: {path / _MARK} is not of format {_FORMAT}, or not whole")
     strategy = Dense() if strategy is None else strategy
     if not isinstance(strategy, Strategy) or isinstance(strategy, Shared):
         raise ValueError(

@@ -228,6 +228,8 @@ def test_bad_requests_are_refused_alone(unchecked):
         (Request("none", [1], 0), "`max_new` must be at least 1"),
         (Request("lists", [1], 2, Sampling(stop=list(range(20)))), "`stop` has 20 token ids"),
         (Request("banned", [1], 2, Sampling(stop=[61])), r"`stop` ids must be in \[0, 61\)"),
+        (Request("strings", [1], 2, Sampling(stop_strings=[f"{i}" for i in range(33)])), "at most 32 distinct stop"),
+        (Request("letters", [1], 2, Sampling(stop_strings=["x" * 600_000])), "stop strings would take"),
         (Request(0, [1], 2), "`name` must be new, but 0 is on its way already"),
     ]
     requests = [good[0], *(r for r, _ in bad[:-1]), *good[1:]]
@@ -236,7 +238,7 @@ def test_bad_requests_are_refused_alone(unchecked):
         assert results[request.name].reason == "refused"
         with pytest.raises(ValueError, match=words):
             raise ValueError(results[request.name].error)
-    for number, request in ((0, good[0]), (8, good[1]), (9, good[2])):
+    for number, request in ((0, good[0]), (10, good[1]), (11, good[2])):
         assert (results[request.name].tokens, results[request.name].reason) == alone(request, number)
     model, params = tiny()
     serving, _ = batch.submit(model, after, Request(0, [1, 2], 2), 0.0)
@@ -244,6 +246,32 @@ def test_bad_requests_are_refused_alone(unchecked):
     assert "must be new" in str(twice.error)
     (odd,) = served(opened(), ["what"])[0].values()
     assert "`requests` must be Requests or Cancels, got str" in str(odd.error)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"sampling": None}, "`sampling` must be a Sampling, got None"),
+        ({"priority": "high"}, "`priority` must be a finite number, got 'high'"),
+        ({"priority": math.nan}, "`priority` must be a finite number, got nan"),
+        ({"arrival": "x"}, "`arrival` must be a finite number"),
+        ({"speculate": None}, "`speculate` must be True or False"),
+    ],
+)
+def test_a_request_that_is_none_is_refused_where_it_is_made(wrong, words, unchecked):
+    with pytest.raises(ValueError, match=words):
+        Request(0, [1], 2, **wrong)
+
+
+def test_stop_strings_too_many_together_wait_for_each_other():
+    """Three requests with 12 strings of their own each: no more than two are seated at a time."""
+    requests = [
+        Request(name, [3 + name, 9], 8, Sampling(stop_strings=[f"{chr(65 + name)}{i}" for i in range(12)]))
+        for name in range(3)
+    ]
+    results, after = served(opened(Dense()), requests)
+    right(results, requests)
+    all_free(after)
 
 
 def test_a_request_larger_than_the_pool_is_refused():
@@ -259,6 +287,9 @@ def test_a_request_larger_than_the_pool_is_refused():
         ({"preempt": "forget"}, "`preempt` must be one of recompute, offload, compress, got 'forget'"),
         ({"chunk": 0}, "`chunk` must be at least 1"),
         ({"patience": 0.0}, "`patience` must be above 0"),
+        ({"prefill": (1,)}, "`prefill` must be a model and its parameters, got tuple"),
+        ({"prefill": tiny("qwen3")}, "`prefill` must be of the model's config"),
+        ({"draft": PromptLookup(k=3), "costs": [1.0]}, "batch.open: `costs` must have 3 entries"),
         ({"draft": PromptLookup(k=CAPACITY)}, "`k` must be below `capacity`, 40, got 40"),
         ({"strategy": Dense(), "store": "lru"}, "must be a Paged one"),
     ],
@@ -382,6 +413,46 @@ def test_the_pure_functions_alone():
     ):
         assert row.tokens == alone(Request("x", tokens, new, sampling), number)[0]
     assert batch.watch(slots).free.all() and int(slots.cache.shared.free) == slots.cache.shared.refs.shape[0]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Dense(),
+        Ring(window=6, sinks=2),
+        Paged(page=4, pool=10),
+        Quantized(8, residual=8),
+        Evicting(9, sinks=1, recent=3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("store", [False, True])
+def test_nothing_is_left_of_keys_that_were_not_finite(strategy, store):
+    """Who comes after, in the same row and the same pages, gets what it gets alone."""
+    if store and not isinstance(strategy, Paged):
+        pytest.skip("a prefix store needs pages")
+    model, params = tiny()
+    broken = params | {"embed": params["embed"].at[60].set(math.nan)}
+    model = kvjax.Transformer(replace(model.config, tied=False))
+    broken |= {"head": kvjax.init_params(model, KEY)["head"] * 10}
+    requests = [Request(0, [1, 2, 3, 4, 60, 5, 6], 5), Request(1, [1, 2, 3, 4, 8], 5), Request(2, [9, 2, 3], 5)]
+    kept = POLICIES["workload_adaptive"] if store else None
+    serving = batch.open(model, strategy, slots=1, capacity=16, max_new=8, store=kept)
+    results = {r.name: r for r in batch.serve(model, broken, serving, requests)}
+    assert results[0].reason == "not finite" and results[1].reused == 0
+    for number in (1, 2):
+        cache = strategy.init(model, batch=1, capacity=16)
+        free = kvjax.generate(model, broken, cache, [list(requests[number].tokens)], max_new=5)
+        assert results[number].tokens == free.tokens[0].tolist() and results[number].reason == "limit"
+
+
+def test_prompts_that_come_together_share_what_they_begin_with():
+    common = list(range(3, 24))
+    requests = [Request(name, [*common, 30 + name], 4) for name in range(4)]
+    results, after = served(opened(Paged(page=4, pool=60), store="workload_adaptive"), requests)
+    right(results, requests)
+    all_free(after)
+    assert [results[name].reused for name in range(4)] == [0, 20, 20, 20]
 
 
 def test_a_row_without_finite_logits_ends_alone():

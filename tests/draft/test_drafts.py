@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import kvjax
+from kvjax.cache import Dense
 from kvjax.draft import Chain, DraftModel, PromptLookup
 from kvjax.draft.base import View
 from tests.tiny import prompts, tiny
@@ -103,6 +104,12 @@ def test_bad_settings_are_refused_by_name(make, words, unchecked):
         make()
 
 
-def test_a_draft_with_too_few_positions_is_refused():
-    with pytest.raises(ValueError, match="need 132 positions, but the draft has learnt 96"):
-        DraftModel(*tiny("gpt2"), k=4).init(1, 128)
+def test_a_draft_guesses_up_to_the_last_position_it_has_learnt():
+    """96 of them: six times four guesses and a token, and the last three tokens without."""
+    model, params = tiny("gpt2")
+    cache = [Dense().init(model, batch=1, capacity=96) for _ in range(2)]
+    free = kvjax.generate(model, params, cache[0], prompts(1, 1, 62), max_new=34)
+    guesses = {"draft": DraftModel(model, params, k=4), "costs": [1.0] * 4}
+    out = kvjax.speculate(model, params, cache[1], prompts(1, 1, 62), max_new=34, **guesses)
+    np.testing.assert_array_equal(out.tokens, free.tokens)
+    assert out.speculated.rounds.tolist() == [3, 0, 0, 6] and out.speculated.accepted.tolist() == [24]

@@ -12,7 +12,7 @@ from scipy import stats
 
 import kvjax
 from kvjax import Sampling
-from kvjax.cache import Dense, Quantized, Ring
+from kvjax.cache import Dense, Paged, Quantized, Ring
 from kvjax.decode import REASONS
 from kvjax.draft import DraftModel, PromptLookup, rounds, speculate, speculation, widths
 from kvjax.draft.base import View
@@ -210,12 +210,19 @@ def test_costs_decide():
     same(dear, free)
 
 
-def test_costs_are_measured_where_none_are_given():
+def test_costs_are_measured_where_none_are_given_and_only_once(monkeypatch):
+    monkeypatch.setattr(speculation, "_KNOWN", {})
     free = run(kvjax.generate, max_new=40)
     out = run(speculate, draft=told(free), max_new=40)
     same(out, free)
     assert (np.asarray(out.speculated.costs) > 0).all() and jnp.isfinite(out.speculated.costs).all()
     assert out.speculated.widths.tolist() == [0, 1, 3]
+    monkeypatch.setattr(speculation, "_measured", None)
+    again = run(speculate, draft=told(free), max_new=40)
+    same(again, free)
+    np.testing.assert_array_equal(again.speculated.costs, out.speculated.costs)
+    monkeypatch.undo()
+    monkeypatch.setattr(speculation, "_KNOWN", {})
     short = run(speculate, draft=told(free), max_new=1)  # no round at all
     assert jnp.isfinite(short.speculated.costs).all()
 
@@ -294,6 +301,9 @@ def test_a_lossy_cache_loses_what_it_would_have_lost(strategy):
     ("settings", "words"),
     [
         ({"draft": None}, "`draft` must be one of kvjax.draft's, got None"),
+        ({"draft": PromptLookup}, "`draft` must be one of kvjax.draft's, got <class"),
+        ({"costs": [1.0, 0.0, 2.0]}, r"`costs` must be above 0, got \[1.0, 0.0, 2.0\]"),
+        ({"costs": [1.0, float("nan"), 2.0]}, "`costs` must be above 0"),
         ({"costs": [1.0]}, r"`costs` must have 3 entries, one for each of \(0, 1, 3\) guesses, got shape \(1,\)"),
         ({"max_new": 0}, "speculate: `max_new` must be at least 1"),
         ({"max_new": 99}, "speculate: held, prompt and new tokens need 111 slots"),
@@ -312,16 +322,40 @@ def test_a_draft_of_another_vocabulary_is_refused():
         run(speculate, draft=DraftModel(other, params), max_new=4)
 
 
+@pytest.mark.parametrize(("capacity", "pool"), [(9, None), (10, None), (12, None), (40, 5), (40, 6)])
+def test_a_cache_that_fills_up_inside_a_draft(capacity, pool):
+    """In a `jit` of one's own nobody asks beforehand whether there is room: a row ends where `generate` ends it."""
+    model, params = tiny()
+    strategy = Dense() if pool is None else Paged(page=2, pool=pool)
+    tokens = prompts(5, 1, 6)
+    whole = run(kvjax.generate, tokens=tokens, lengths=None, max_new=16)
+
+    @partial(jax.jit, static_argnames="decoder")
+    def inside(cache, decoder):
+        out = decoder(model, params, cache, tokens, max_new=16)
+        return out.tokens, out.lengths, out.reason, out.cache.length
+
+    for wrong in (99, 3):
+        made = [strategy.init(model, batch=1, capacity=capacity) for _ in range(2)]
+        guessing = partial(speculate, draft=told(whole, wrong), costs=EAGER)
+        got, wanted = inside(made[0], guessing), inside(made[1], kvjax.generate)
+        assert REASONS[int(wanted[2][0])] == "not finite" and 0 < int(wanted[1][0]) < 16
+        for a, b in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("width", [1, 5])
 def test_stream_brings_what_speculate_returns(width):
     model, params = tiny()
     tokens = prompts(0, 2, width)
     settings = {"max_new": 12, "key": KEY, "sampling": [Sampling(temperature=0.9), Sampling(limit=7)]}
     free = kvjax.generate(model, params, Dense().init(model, batch=2, capacity=32), tokens, **settings)
-    draft, steps = told(free, wrong=[5, 99]), []
-    source = kvjax.draft.stream(
-        model, params, Dense().init(model, batch=2, capacity=32), tokens, draft=draft, costs=EAGER, **settings
+    draft, steps, cache = told(free, wrong=[5, 99]), [], Dense().init(model, batch=2, capacity=32)
+    measured = list(
+        kvjax.draft.stream(model, params, kvjax.fork(cache, jnp.arange(2)), tokens, draft=draft, **settings)
     )
+    assert sum((step.tokens >= 0).sum() for step in measured) == free.lengths.sum()
+    source = kvjax.draft.stream(model, params, cache, tokens, draft=draft, costs=EAGER, **settings)
     while True:
         try:
             steps.append(next(source))

@@ -97,6 +97,11 @@ REFUSED = {
     "unique items": ({"type": "array", "items": STRING, "uniqueItems": True}, "uniqueItems"),
     "a name to escape": ({"type": "object", "properties": {'a"': STRING}}, "must need no escapes"),
     "a count that is none": ({"type": "string", "minLength": -1}, "whole number of at least 0"),
+    "types in types": ({"type": [["string"]]}, "a value of a kind that its keyword cannot have"),
+    "names in names": ({"type": "object", "properties": {"a": STRING}, "required": [["a"]]}, "cannot have|must be"),
+    "a list of formats": ({"type": "string", "format": ["date"]}, "cannot have|must be"),
+    "no number": ('{"const": NaN}', "must be JSON"),
+    "too large a number": ('{"const": 1e999}', "must be JSON"),
 }
 
 

@@ -98,6 +98,10 @@ def test_several_answers_are_those_of_sample_n_and_beam(generate, model):
     assert [answer["tokens"] for answer in beams] == [
         np.asarray(out.tokens)[i, : out.lengths[i]].tolist() for i in (0, 1)
     ]
+    paged = generate(
+        "Hello", "--raw", "--max-new", "100", "--n", "4", "--temperature", "1", "--cache", "paged", "--json"
+    )
+    assert len(parsed(paged)["answers"]) == 4  # more pages than one row could have
     code, text, err = generate(*args, "--beam", "4")
     assert code == 0 and text.startswith("[1] ") and beams[0]["text"] in text and "1 answers" in err
 

@@ -110,6 +110,7 @@ def test_what_cannot_be_handed_over(tmp_path, unchecked):
     other = kvjax.Transformer(replace(model.config, vocab=60))
     with pytest.raises(ValueError, match="for another model: its vocab differ"):
         kvjax.import_cache(tmp_path / "cache", other, capacity=32)
-    (tmp_path / "cache" / "handover.json").write_text('{"format": "x"}')
-    with pytest.raises(ValueError, match="is not of format kvjax-handover-1"):
-        kvjax.import_cache(tmp_path / "cache", model, capacity=32)
+    for text in ('{"format": "x"}', '{"format": "kvjax-handover-1"}'):
+        (tmp_path / "cache" / "handover.json").write_text(text)
+        with pytest.raises(ValueError, match="is not of format kvjax-handover-1, or not whole"):
+            kvjax.import_cache(tmp_path / "cache", model, capacity=32)
