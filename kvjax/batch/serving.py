@@ -20,7 +20,7 @@ from kvjax.batch.slots import Made, Slots, init, look, watch, with_cache
 from kvjax.batch.steps import decode, feed, feed_width
 from kvjax.cache.base import Strategy
 from kvjax.cache.paged import Paged
-from kvjax.cache.prefix import Policy, PrefixStore, keep, make_room, open_store, reuse
+from kvjax.cache.prefix import Policy, PrefixStore, find, keep, make_room, open_store, reuse
 from kvjax.decode.generation import check_counts
 from kvjax.decode.grammars import table_bytes
 from kvjax.decode.sampling import checked
@@ -264,6 +264,21 @@ def _grammars(serving: Serving) -> list[Grammar | None]:
     return [None if t is None else t.request.sampling.grammar for t in serving.seated]
 
 
+def _soon(serving: Serving, row: int, begun: set[int]) -> bool:
+    """Whether the store will soon have more of a row's prompt: one that begins like it is being taken in."""
+    ticket = serving.seated[row]
+    if serving.store is None or ticket is None:
+        return False
+    text, page = np.array(ticket.request.tokens), serving.slots.cache.layers[0].k.shape[1]
+    most = 0
+    for other in begun:
+        if (there := serving.seated[other]) is not None:
+            size = min(text.size, len(there.request.tokens))
+            same = text[:size] == np.array(there.request.tokens[:size])
+            most = max(most, size if same.all() else int(same.argmin()))
+    return most // page * page > find(serving.store, text.tolist())[1]
+
+
 def _reused(serving: Serving, row: int, goal: int) -> tuple[Serving, int]:
     """A row that holds nothing yet with what the store has of its text, and how much that is."""
     ticket = serving.seated[row]
@@ -286,11 +301,14 @@ def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[R
     settings, results = serving.settings, []
     with_model, with_params = settings.prefill or (model, params)
     now = watch(serving.slots)
+    begun = set(np.flatnonzero(now.filling & (now.held > 0)).tolist())
     for row in np.flatnonzero(now.filling).tolist():
         if serving.seated[row] is None:  # it has given way to one before it
             continue
         left = int(now.goal[row] - now.held[row])
         if not now.held[row]:  # asked now, when prompts that were seated with it may be in the store already
+            if _soon(serving, row, begun):
+                continue
             serving, reused = _reused(serving, row, left)
             left -= reused
         taken = min(left, settings.chunk, feed_width(left, settings.chunk, serving.slots.capacity))
@@ -307,7 +325,9 @@ def _fill(model, params, serving: Serving, time: float) -> tuple[Serving, list[R
             continue
         slots = feed(with_model, with_params, serving.slots, row, chunk=settings.chunk)
         serving = replace(serving, slots=slots)
-        if taken == left and serving.store is not None:
+        begun.add(row)
+        if taken == left:
+            begun.discard(row)
             serving = _remember(serving, row, time)
     serving, ended = _finished(serving, time)
     return serving, results + ended
