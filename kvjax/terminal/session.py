@@ -181,10 +181,10 @@ def room_for(session: Session, where: Where, prompt: int, max_new: int) -> int:
 
 
 def new_cache(session: Session, capacity: int, rows: int = 1) -> Cache:
-    """An empty cache of one row, with pages for as many as it will be forked to."""
+    """An empty cache of one row, with pages for as many as it will be forked to, and for itself."""
     strategy = session.strategy
-    if isinstance(strategy, Paged) and strategy.pool is None:
-        strategy = replace(strategy, pool=rows * -(-capacity // strategy.page))
+    if isinstance(strategy, Paged) and strategy.pool is None and rows > 1:
+        strategy = replace(strategy, pool=(rows + 1) * -(-capacity // strategy.page))
     return strategy.init(session.model, batch=1, capacity=capacity)
 
 

@@ -98,10 +98,9 @@ def test_several_answers_are_those_of_sample_n_and_beam(generate, model):
     assert [answer["tokens"] for answer in beams] == [
         np.asarray(out.tokens)[i, : out.lengths[i]].tolist() for i in (0, 1)
     ]
-    paged = generate(
-        "Hello", "--raw", "--max-new", "100", "--n", "4", "--temperature", "1", "--cache", "paged", "--json"
-    )
-    assert len(parsed(paged)["answers"]) == 4  # more pages than one row could have
+    pages = ("--cache", "paged:page=8", "--capacity", "16")  # two pages for a row, and three rows need more
+    paged = parsed(generate(*args, *pages, "--n", "3", "--temperature", "0.9", "--top-k", "5", "--seed", "4", "--json"))
+    assert [answer["tokens"] for answer in paged["answers"]] == wanted
     code, text, err = generate(*args, "--beam", "4")
     assert code == 0 and text.startswith("[1] ") and beams[0]["text"] in text and "1 answers" in err
 
