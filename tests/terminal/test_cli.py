@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -295,7 +296,8 @@ def test_a_draft_changes_the_pace_and_not_the_answer(generate, model, how):
     assert 0 <= result["accepted"] <= result["proposed"]
     code, out, err = generate(*args, "--draft", how.format(model=model))
     assert code == 0 and out == result["text"] + "\n"
-    assert f"{result['accepted']} of {result['proposed']} guesses right" in err
+    said = re.search(r"(\d+) of (\d+) guesses right", err)  # how many are made depends on what a call took
+    assert said is not None and int(said[1]) <= int(said[2])
 
 
 @pytest.mark.parametrize(
