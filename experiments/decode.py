@@ -181,6 +181,7 @@ def row(name: str, work: str, batch: int, timings, differing: int, costs) -> Row
     """`accepted` is guesses that were right a call of the model and row, `right` their share of those checked."""
     speeds = [t.made / t.seconds for t in timings[name]]
     pairs = zip(timings[name], timings[PLAIN], strict=True)
+    last = timings[name][-1]
     made: Row = {
         "method": name,
         "work": work,
@@ -188,11 +189,10 @@ def row(name: str, work: str, batch: int, timings, differing: int, costs) -> Row
         "tokens_per_s": median(speeds),
         "range": [min(speeds), max(speeds)],
         "speedup": median((a.made / a.seconds) / (b.made / b.seconds) for a, b in pairs),
+        "accepted": last.accepted / max(last.rounds * batch, 1),
         "differing": differing,
     }
     if costs is not None:
-        last = timings[name][-1]
-        made["accepted"] = last.accepted / max(last.rounds * batch, 1)
         made["right"] = last.accepted / max(last.proposed, 1)
         made["costs"] = [float(x) for x in costs / costs[0]]
     return made

@@ -42,7 +42,7 @@ class Batches:
     trace_turns: int = 1
     divide: int = 32
     rows: int = 16
-    slots: int = 32
+    slots: int = 16
     samples: int = 16
     prompt: int = 1000
 
@@ -104,6 +104,7 @@ def trace_rows(model, params, tokenizer, batches: Batches, progress: Progress) -
             "tokens_per_s": made / median(taken),
             "range": [made / max(taken), made / min(taken)],
             "speedup": median(a / b for a, b in zip(seconds[base][1:], taken, strict=True)),
+            "accepted": 0.0,
             "bytes": bound,
         }
         rows.append(row | notes.get(name, {}))
@@ -193,6 +194,7 @@ def sample_rows(model, params, tokenizer, batches: Batches, new: int, turns: int
             "tokens_per_s": n * new / median(taken),
             "range": [n * new / max(taken), n * new / min(taken)],
             "speedup": median(a / b for a, b in pairs[name]),
+            "accepted": 0.0,
             "bytes": held[name],
         }
         for name, taken in seconds.items()
