@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -109,3 +111,14 @@ class Precision:
                     f"Precision: `{name}` must name a floating dtype such as 'float32' or 'bfloat16', "
                     f"got {getattr(self, name)!r}"
                 )
+
+
+def differing(config: ModelConfig, other: ModelConfig | Mapping[str, Any]) -> str | None:
+    """What another config, or one that was written as JSON, does not share, in words; None where they are the same."""
+    pair = (config, other)
+    ours, theirs = (json.loads(json.dumps(asdict(x) if isinstance(x, ModelConfig) else dict(x))) for x in pair)
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if not names:
+        return None
+    expected, got = ([x.get(name) for name in names] for x in (ours, theirs))
+    return f"its {', '.join(names)} differ (expected {expected}, got {got})"

@@ -67,6 +67,7 @@ def test_each_adds_what_it_says(served):
     )
     assert accepted["basic"] == 0 < accepted["advanced"]
     assert reused["advanced"] == 0 < reused["expert"]
+    assert reused["master"] > 0  # also where prompts come together
     assert slots["expert"] == 1 < slots["master"]
     assert kvjax.nbytes(served["master"][1].slots.cache) == pytest.approx(
         kvjax.nbytes(served["expert"][1].slots.cache), rel=0.05

@@ -33,7 +33,7 @@ def bytes_tokenizer() -> Tokenizer:
 
 def save_tiny(folder: Path, **changes) -> Path:
     """A model of 260 tokens whose text is noise, but always the same noise."""
-    model = kvjax.Transformer(replace(LLAMA, vocab=260, **changes))
+    model = kvjax.Transformer(replace(LLAMA, **{"vocab": 260, **changes}))
     params = jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, kvjax.init_params(model, jax.random.key(7)))
     kvjax.save_model(folder, (model, params, bytes_tokenizer()))
     return folder

@@ -2,11 +2,12 @@
 
 from kvjax.batch.parking import Parked, park, unpark
 from kvjax.batch.request import Request, Result
-from kvjax.batch.seating import admit, heed, retire
+from kvjax.batch.seating import admit, constrain, heed, retire
 from kvjax.batch.serve import Cancel, serve
-from kvjax.batch.serving import Serving, Settings, cancel, open, submit, turn
+from kvjax.batch.serving import Serving, Settings, open
 from kvjax.batch.slots import WAITING, Made, Slots, Watch, init, look, watch
 from kvjax.batch.steps import decode, feed, step
+from kvjax.batch.turns import cancel, submit, turn
 
 __all__ = [
     "WAITING",
@@ -21,6 +22,7 @@ __all__ = [
     "Watch",
     "admit",
     "cancel",
+    "constrain",
     "decode",
     "feed",
     "heed",

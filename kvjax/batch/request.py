@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
+from kvjax.decode.generation import check_number
 from kvjax.decode.sampling import GREEDY, Sampling
 
 
@@ -39,12 +38,6 @@ class Request:
         check_number("Request", "arrival", self.arrival)
         if not isinstance(self.speculate, bool):
             raise ValueError(f"Request: `speculate` must be True or False, got {self.speculate!r}")
-
-
-def check_number(where: str, name: str, value: float | int) -> None:
-    """Raise ValueError for what is no finite number."""
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{where}: `{name}` must be a finite number, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 
@@ -168,11 +168,7 @@ def heed(slots: Slots, strings: Sequence[Sequence[str]], tokenizer) -> Slots:
 @jax.jit
 def _matched(tokens, lengths, settings: Rules) -> Int[Array, "slots"]:
     """The automaton's states after what rows have made."""
-
-    def step(i, matched):
-        return jnp.where(i < lengths, decoding.follow(matched, settings, jnp.maximum(tokens[:, i], 0))[0], matched)
-
-    return jax.lax.fori_loop(0, lengths.max(), step, jnp.zeros_like(lengths))
+    return _replayed(tokens, lengths, lambda state, token: decoding.follow(state, settings, token)[0])
 
 
 def constrain(slots: Slots, grammars: Sequence[Grammar | None]) -> Slots:
@@ -195,10 +191,14 @@ def constrain(slots: Slots, grammars: Sequence[Grammar | None]) -> Slots:
 @jax.jit
 def _ruled(tokens, lengths, settings: Rules) -> Int[Array, "slots"]:
     """The grammars' states after what rows have made."""
+    return _replayed(tokens, lengths, lambda *now: follow(settings.grammars, settings.grammar, *now))
 
-    def step(i, ruled):
-        to = follow(settings.grammars, settings.grammar, ruled, jnp.maximum(tokens[:, i], 0))
-        return jnp.where(i < lengths, to, ruled)
+
+def _replayed(tokens, lengths, follow: Callable) -> Int[Array, "slots"]:
+    """States after each row's first tokens, from state 0 on."""
+
+    def step(i, state):
+        return jnp.where(i < lengths, follow(state, jnp.maximum(tokens[:, i], 0)), state)
 
     return jax.lax.fori_loop(0, lengths.max(), step, jnp.zeros_like(lengths))
 

@@ -6,8 +6,10 @@ import time
 from collections.abc import Generator, Hashable, Iterable
 from dataclasses import dataclass, replace
 
-from kvjax.batch.request import Request, Result, check_number
-from kvjax.batch.serving import Serving, cancel, submit, turn
+from kvjax.batch.request import Request, Result
+from kvjax.batch.serving import Serving
+from kvjax.batch.turns import cancel, submit, turn
+from kvjax.decode.generation import check_number
 from kvjax.model import Params, Transformer
 
 
@@ -44,8 +46,8 @@ def serve(
     Raises:
         ValueError: for a `pace` that is not above 0.
     """
-    if pace is not None and not pace > 0:
-        raise ValueError(f"serve: `pace` must be above 0, or None, got {pace}")
+    if pace is not None:
+        check_number("serve", "pace", pace, above=0)
     source, started, slots = iter(requests), time.perf_counter(), len(serving.seated)
     ahead = next(source, None)
     while True:

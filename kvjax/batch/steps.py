@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,9 +17,9 @@ from kvjax.decode.generation import check_counts
 from kvjax.decode.state import RUNNING
 from kvjax.decode.widths import power_of_two
 from kvjax.draft.base import Draft
+from kvjax.draft.costs import SOME, known, paid_for, timed
 from kvjax.draft.rounds import advance
-from kvjax.draft.speculation import paid_for
-from kvjax.draft.state import grown, widths
+from kvjax.draft.state import LONGEST, Speculation, grown, widths
 from kvjax.model import Params, Transformer, cached
 
 NARROWEST = 16
@@ -79,25 +79,39 @@ def decode(
     Args:
         slots: donated: use the one returned.
         draft: that of `init`; each step is then a round of guesses, as in `speculate`.
-        costs: of each number of guesses in `widths(draft)`; None takes a tenth of a step for each guess.
+        costs: of each number of guesses in `widths(draft)`; None takes what was measured in this process, by `serve`
+            or `speculate`, and a tenth of a step for each guess where nothing was.
     """
     most, least_ = jnp.int32(steps), jnp.int32(least)
     if draft is None:
         return _decode(model, params, slots, most, least_)
-    choices = widths(draft)
-    return _speculate(model, params, draft, slots, paid_for(costs, choices), most, least_, choices=choices)
+    paid = paid_for(costs, model, draft, slots.spec)
+    return replace(slots, spec=_rounds(model, params, draft)(slots.spec, slots.rules, paid, most, least_))
+
+
+def can_time(model: Transformer, slots: Slots, draft: Draft, steps: int) -> bool:
+    """Whether `time_rounds` still has something to time, and needs no more room than `decode` in so many steps."""
+    rounds, most = SOME * (1 + draft.most), steps * (1 + draft.most)
+    return max(rounds, LONGEST) <= most and not known(model, draft, slots.spec)
+
+
+def time_rounds(model: Transformer, params: Params, slots: Slots, draft: Draft) -> Slots:
+    """`decode` for some rounds, which tell what a number of guesses costs.
+
+    Args:
+        slots: donated: use the one returned.
+    """
+    return replace(slots, spec=timed(model, draft, _rounds(model, params, draft), slots.spec, slots.rules)[0])
+
+
+def _rounds(model: Transformer, params: Params, draft: Draft) -> Callable[..., Speculation]:
+    return partial(advance, model, params, draft, widths=widths(draft), together=False)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="slots")
 def _decode(model, params, slots: Slots, steps, least) -> Slots:
     state = decoding.loop(model, params, slots.spec.state, slots.rules, steps, least)
     return replace(slots, spec=replace(slots.spec, state=state))
-
-
-@partial(jax.jit, static_argnames=("model", "choices"), donate_argnames="slots")
-def _speculate(model, params, draft, slots: Slots, costs, steps, least, *, choices) -> Slots:
-    spec = advance(model, params, draft, slots.spec, slots.rules, costs, steps, least, widths=choices, together=False)
-    return replace(slots, spec=spec)
 
 
 def step(

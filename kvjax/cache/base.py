@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.attention import Mask
-from kvjax.config import ModelConfig, Rope
+from kvjax.config import ModelConfig, Rope, differing
 from kvjax.pytree import pytree, static
 
 if TYPE_CHECKING:
@@ -287,11 +287,6 @@ def check(cache: Cache, model: Transformer, batch: int | None, where: str, name:
     if not isinstance(cache, Cache):
         raise ValueError(f"{where}: `{name}` must be what a strategy's `init` makes, got {type(cache).__name__}")
     if cache.config != model.config:
-        ours, theirs = model.config, cache.config
-        differing = [name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)]
-        raise ValueError(
-            f"{where}: `{name}` was made for another model: its {', '.join(differing)} differ "
-            f"(expected {[getattr(ours, n) for n in differing]}, got {[getattr(theirs, n) for n in differing]})"
-        )
+        raise ValueError(f"{where}: `{name}` was made for another model: {differing(model.config, cache.config)}")
     if batch is not None and cache.batch != batch:
         raise ValueError(f"{where}: `{name}` holds {cache.batch} rows, but the tokens have {batch}")

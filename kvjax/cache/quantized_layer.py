@@ -75,7 +75,7 @@ class QuantizedLayer(InOrder):
             layer = layer._pack((layer.k, layer.v), end, 1)
             return *replace(layer, packed=self.packed).look(q, positions, mask), layer  # as for more: packed after
         pool = tuple(jnp.concatenate(pair, axis=1) for pair in ((self.k, k), (self.v, v)))
-        ring = self._pick(pool, start, self._newest(end))
+        ring = self._refreshed(pool, start, end)
         layer = replace(self, k=ring[0], v=ring[1], length=end)._pack(pool, start, q.shape[1])
         slots = jnp.concatenate([self._ring(start), jnp.where(valid, positions, -1)], axis=1)
         seen = layer._see(q, (*pool, slots), positions, self.packed, mask)  # of `layer`, or XLA copies what it writes
@@ -135,7 +135,17 @@ class QuantizedLayer(InOrder):
 
     def _pick(self, pool, inside: Int[Array, "batch"], index: Int[Array, "batch tokens"]):
         """Tokens of a row by index: those below `inside` from the slots, others from behind them."""
-        at = jnp.where(index < inside[:, None], self._slot(index), self.k.shape[1] + index - inside[:, None])
+        return self._at(
+            pool, jnp.where(index < inside[:, None], self._slot(index), self.k.shape[1] + index - inside[:, None])
+        )
+
+    def _refreshed(self, pool, start: Int[Array, "batch"], end: Int[Array, "batch"]):
+        """The slots once the tokens from `start` to `end`, behind them in the pool, are in them."""
+        newest, slot = self._newest(end), jnp.arange(self.k.shape[1])[None]
+        fresh = (newest >= start[:, None]) & (newest < end[:, None]) & (self._slot(newest) == slot)
+        return self._at(pool, jnp.where(fresh, slot.size + newest - start[:, None], slot))
+
+    def _at(self, pool, at: Int[Array, "batch tokens"]):
         at = jnp.repeat(at, self.k.shape[0] // at.shape[0], axis=0)[..., None]
         return tuple(jnp.take_along_axis(x, at, axis=1, mode="clip") for x in pool)
 

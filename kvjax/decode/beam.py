@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.base import Cache, fork
 from kvjax.cache.paged import Paged, release
-from kvjax.decode.generation import Output, check_counts
+from kvjax.decode.generation import Output, check_counts, check_number
 from kvjax.decode.grammars import Grammars, allowed, complete, follow, targets
 from kvjax.decode.prompts import Lengths, Tokens, as_prompts, traced
 from kvjax.decode.sampling import Sampling, rules
@@ -93,7 +93,8 @@ def beam(
         The cache holds the prompt once, as `Shared`, and is filled anew with the hypotheses that are returned.
     Raises:
         ValueError: for what `prefill` refuses, more than one prompt, `beams` or `max_new` out of range, a
-            `length_penalty` that is not finite, a stop token outside the vocabulary, or a grammar that `rules` refuses.
+            `length_penalty` that is not finite or too large, a stop token outside the vocabulary, or a grammar that
+            `rules` refuses.
         FloatingPointError: if logits were not finite.
     """
     tokens, lengths = as_prompts(model, cache, tokens, lengths, "beam")
@@ -129,8 +130,12 @@ def _check(vocab: int, rows: int, beams, max_new, length_penalty, stop, capacity
         raise ValueError(f"beam: `tokens` must be one prompt, got {rows}: search one at a time")
     if beams > vocab:
         raise ValueError(f"beam: `beams` must be at most the vocabulary's {vocab} tokens, got {beams}")
-    if not isinstance(length_penalty, Real) or not np.isfinite(length_penalty):
-        raise ValueError(f"beam: `length_penalty` must be a finite number, got {length_penalty!r}")
+    check_number("beam", "length_penalty", length_penalty)
+    if abs(length_penalty) * np.log2(max_new) > 120:  # or scores would be 0, or infinite, in float32
+        raise ValueError(
+            f"beam: `length_penalty` must leave `max_new` to its power between 1e-36 and 1e36, got {length_penalty} "
+            f"with `max_new` {max_new}"
+        )
     ids = list(dict.fromkeys(stop))
     if wrong := [i for i in ids if not isinstance(i, Integral) or not 0 <= i < vocab]:
         raise ValueError(f"beam: `stop` must be token ids in [0, {vocab}), got {wrong}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -188,6 +190,13 @@ def check_counts(where: str, **counts) -> None:
     for name, value in counts.items():
         if not is_whole(value, 1):
             raise ValueError(f"{where}: `{name}` must be at least 1, a whole number, got {value!r}")
+
+
+def check_number(where: str, name: str, value: Any, *, above: float | int | None = None) -> None:
+    """Raise ValueError for what is no finite number, or, where there is a bound, no number above it."""
+    if not isinstance(value, Real) or not (math.isfinite(value) if above is None else value > above):
+        what = "a finite number" if above is None else f"above {above}"
+        raise ValueError(f"{where}: `{name}` must be {what}, got {value!r}")
 
 
 def seen_in(tokens, lengths, vocab: int):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.config import differing
 from kvjax.draft.exit import EarlyExit
 from kvjax.draft.heads import Heads
 from kvjax.model import Params, Transformer
@@ -63,12 +64,8 @@ def load_draft(
         layers = about["layers"] if kind is EarlyExit else None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / 'draft.json'}: not what save_draft writes ({error!r})") from error
-    ours = json.loads(json.dumps(asdict(model.config)))
-    if differing := [name for name in ours if ours[name] != saved.get(name)]:
-        raise ValueError(
-            f"load_draft: {path} was trained for another model: its {', '.join(differing)} differ "
-            f"(expected {[ours[n] for n in differing]}, got {[saved.get(n) for n in differing]})"
-        )
+    if how := differing(model.config, saved):
+        raise ValueError(f"load_draft: {path} was trained for another model: {how}")
     some = np.zeros(ids, np.int32)
     if layers is None:
         like = jax.eval_shape(lambda params: _fresh_heads(model, params, ids), params) | {"ids": some}

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +24,8 @@ from kvjax.decode.sampling import GREEDY, Rules, Sampling
 from kvjax.decode.state import State
 from kvjax.decode.widths import power_of_two
 from kvjax.draft.base import Draft
-from kvjax.draft.rounds import LONGEST, PATIENCE, advance
+from kvjax.draft.costs import check_costs, filled, known, paid_for, timed
+from kvjax.draft.rounds import advance
 from kvjax.draft.state import Speculation, blank, grown, widths
 from kvjax.model import Params, Transformer
 from kvjax.pytree import pytree
@@ -74,7 +73,7 @@ def speculate(
         draft: what guesses, such as `kvjax.draft.PromptLookup()`.
         before: what the cache holds of each row already, for the draft to look at: earlier turns of a chat, say.
         costs: what a call of the model with each number of guesses of `widths(draft)` takes, in any unit. None
-            takes what was measured for this model, batch, cache and draft; the first call measures it, on its first
+            takes what was measured for this model, batch, cache and draft; the first calls measure it, on their first
             rounds.
         **others: as `generate` takes them.
     Returns:
@@ -85,7 +84,7 @@ def speculate(
     begun, spec, run, choices = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
-    spec, paid = _paid(model, draft, spec, begun.rules, run, choices, costs)
+    spec, paid = _paid(model, draft, spec, begun.rules, run, costs)
     spec = run(spec, begun.rules, paid, jnp.iinfo(jnp.int32).max)
     return _ended(begun, spec, paid, choices, max_new)
 
@@ -113,9 +112,8 @@ def stream(
     begun, spec, run, choices = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
-    kind = _kind(model, draft, spec)
-    measuring, seconds = costs is None and kind not in _KNOWN, np.full(len(choices), np.inf)
-    paid = paid_for(_KNOWN.get(kind) if costs is None else costs, choices)
+    measuring, seconds = costs is None and not known(model, draft, spec), np.full(len(choices), np.inf)
+    paid = paid_for(costs, model, draft, spec)
     spec = run(spec, begun.rules, paid, 0)  # compiled before the first token is seen
     had = np.zeros(spec.length.shape, np.int32)
     while True:
@@ -134,7 +132,7 @@ def stream(
         if measuring:
             which = np.asarray(spec.rounds) > rounds
             seconds = np.where(which, np.minimum(seconds, time.perf_counter() - started), seconds)
-            paid = jnp.asarray(_filled(seconds, choices))
+            paid = jnp.asarray(filled(seconds, choices))
 
 
 def _opened(
@@ -158,41 +156,12 @@ def _opened(
     return begun, spec, partial(advance, model, params, draft, widths=choices), choices
 
 
-def check_costs(costs, choices: tuple[int, ...], where: str) -> None:
-    """Raise ValueError for costs that are not one number above 0 for each number of guesses; None is good."""
-    if costs is None:
-        return
-    if np.shape(costs) != (len(choices),):
-        raise ValueError(
-            f"{where}: `costs` must have {len(choices)} entries, one for each of {choices} guesses, "
-            f"got shape {np.shape(costs)}"
-        )
-    if not traced(costs) and not (np.asarray(costs) > 0).all():
-        raise ValueError(f"{where}: `costs` must be above 0, got {np.asarray(costs).tolist()}")
-
-
-def paid_for(costs, choices: tuple[int, ...]) -> Float[Array, "choices"]:
-    """`costs` as an array; where None are given, those that are taken for granted."""
-    return jnp.asarray(_guessed(choices) if costs is None else costs, jnp.float32)
-
-
-_KNOWN: dict[Any, Array] = {}
-"""Costs that were measured in this process, as programs are compiled once in it."""
-
-
-def _paid(model, draft, spec: Speculation, rules: Rules, run, choices, costs) -> tuple[Speculation, Array]:
-    """Costs that are given, known or measured now; and what was made meanwhile."""
-    if costs is not None or traced(spec.state.reason):
-        return spec, paid_for(costs, choices)
-    if (kind := _kind(model, draft, spec)) not in _KNOWN:
-        spec, _KNOWN[kind] = _measured(run, spec, rules, choices)
-    return spec, _KNOWN[kind]
-
-
-def _kind(model: Transformer, draft: Draft, spec: Speculation) -> Any:
-    """What costs depend on."""
-    cache = spec.state.cache
-    return model, jax.tree.structure((draft, cache)), cache.batch, cache.capacity
+def _paid(model, draft, spec: Speculation, rules: Rules, run, costs) -> tuple[Speculation, Array]:
+    """Costs that are given, known or timed now; and what was made meanwhile."""
+    going = costs is None and not traced(spec.state.reason)
+    while going and not known(model, draft, spec):
+        spec, going = timed(model, draft, run, spec, rules)
+    return spec, paid_for(costs, model, draft, spec)
 
 
 def _ended(begun: Begun, spec: Speculation, paid, choices: tuple[int, ...], max_new: int) -> Output:
@@ -227,38 +196,3 @@ def _begin(model: Transformer, draft: Draft, state: State, tokens, lengths, has_
 @partial(jax.jit, donate_argnames="spec")
 def _first(spec: Speculation) -> Speculation:
     return grown(spec, spec.state.pending[:, None], spec.state.lengths)
-
-
-def _measured(run, spec: Speculation, rules: Rules, choices: tuple[int, ...]) -> tuple[Speculation, Array]:
-    """Rounds of each kind, timed on the host: what they make counts, and the first compiles and is not timed.
-
-    Steps without guesses are timed as they are made where guesses do not pay: many between two plans. What a call of
-    no rounds takes is not counted.
-    """
-    seconds = np.full(len(choices), np.inf)
-    for i in (0, *range(len(choices)), *range(len(choices))):
-        only = jnp.asarray(np.where(np.arange(len(choices)) == i, 1.0, np.inf).astype(np.float32))
-        before = np.asarray(spec.rounds)
-        if i == 0:
-            spec = replace(spec, idle=jnp.full_like(spec.idle, PATIENCE * LONGEST))
-        started = time.perf_counter()
-        spec = jax.block_until_ready(run(spec, rules, only, 0))
-        called = time.perf_counter()
-        spec = jax.block_until_ready(run(spec, rules, only, LONGEST if i == 0 else 2))
-        taken = (time.perf_counter() - called) - (called - started)
-        made = np.asarray(spec.rounds) - before
-        if made[i] == made.sum() > 0 and before.sum() > 0 and taken > 0:
-            seconds[i] = min(seconds[i], taken / made[i])
-    return spec, jnp.asarray(_filled(seconds, choices))
-
-
-def _filled(seconds: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
-    """Measured costs; those that no row was long enough for, by `_guessed` from the measured ones."""
-    known, model = np.isfinite(seconds), np.array(_guessed(choices))
-    scale = (seconds[known] / model[known]).mean() if known.any() else 1.0
-    return np.where(known, seconds, model * scale).astype(np.float32)
-
-
-def _guessed(choices: tuple[int, ...]) -> list[float]:
-    """Costs in steps where none can be measured: a tenth of a step more for each guess."""
-    return [1 + n / 10 for n in choices]

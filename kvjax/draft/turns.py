@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.config import ModelConfig
+from kvjax.config import ModelConfig, differing
 from kvjax.decode.choose import choose
 from kvjax.decode.grammars import follow
 from kvjax.draft.base import View
@@ -120,9 +120,5 @@ def check_ids(draft: str, ids: Ids, vocab: int) -> None:
 
 def check_target(draft: str, mine: ModelConfig, target: ModelConfig) -> None:
     """Raise ValueError, naming what differs, for a target other than the one that a draft was trained on."""
-    differing = [name for name in vars(mine) if getattr(mine, name) != getattr(target, name)]
-    if differing:
-        raise ValueError(
-            f"{draft}: it was trained for another model: its {', '.join(differing)} differ "
-            f"(expected {[getattr(target, n) for n in differing]}, got {[getattr(mine, n) for n in differing]})"
-        )
+    if mine != target:
+        raise ValueError(f"{draft}: it was trained for another model: {differing(target, mine)}")

@@ -188,7 +188,7 @@ def _object(rest: dict, root: Any, at: str, refs: tuple[str, ...]) -> Any:
     inner, required = rest.get("properties", {}), rest.get("required", [])
     if not isinstance(inner, dict) or not isinstance(required, list):
         _refuse(at, "`properties` must be an object and `required` a list", [inner, required])
-    if unknown := [name for name in required if name not in inner]:
+    if unknown := [name for name in required if not isinstance(name, str) or name not in inner]:
         _refuse(at, "`required` must be of names in `properties`", unknown)
     fewest, most = rest.get("minProperties", 0), rest.get("maxProperties")
     if not inner and rest.get("additionalProperties") is not False and "properties" not in rest:
@@ -236,7 +236,7 @@ def _string(rest: dict, root: Any, at: str, refs: tuple[str, ...]) -> Any:
         _check_plain(kept["pattern"], "pattern", at)
         kept["pattern"] = f"(?:{without_anchors(kept['pattern'])})"
     if "format" in kept:
-        if (kind := kept.pop("format")) not in FORMATS:
+        if not isinstance(kind := kept.pop("format"), str) or kind not in FORMATS:
             _refuse(at, f"`format` must be one of {', '.join(FORMATS)}", kind)
         kept["pattern"] = f"(?:{FORMATS[kind]})"
     return {"type": "string", **kept}

@@ -75,7 +75,7 @@ def _turn(command: Chat, session: Session, before: Conversation, message: str, n
         )
         return before
     size = kvjax.nbytes(cache)
-    rules = replace(sampling(command.choice, session.tokenizer), limit=min(room, command.max_new))
+    rules = replace(sampling(command.choice, session), limit=min(room, command.max_new))
     steps = kvjax.stream(
         session.model,
         session.params,

@@ -52,7 +52,7 @@ def run(command: Generate) -> int:
         [ids],
         max_new=command.max_new,
         key=jax.random.key(command.choice.seed),
-        sampling=sampling(command.choice, session.tokenizer, grammar),
+        sampling=sampling(command.choice, session, grammar),
         tokenizer=session.tokenizer,
     )
     with insisting() as check, status() as show:

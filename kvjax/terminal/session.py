@@ -145,9 +145,11 @@ def _read(path: str) -> str:
         raise ValueError(f"--schema: {path!r:.60} is no schema, and cannot be read as a file: {error}") from error
 
 
-def sampling(choice: Choice, tokenizer: Tokenizer, grammar: Grammar | None = None) -> Sampling:
-    """One row's rules: the command's, and the model's own ends."""
+def sampling(choice: Choice, session: Session, grammar: Grammar | None = None) -> Sampling:
+    """One row's rules: the command's, the model's own ends, and none of the ids that its tokenizer has no text for."""
+    tokenizer, vocab = session.tokenizer, session.model.config.vocab
     return Sampling(
+        banned=range(len(tokenizer.pieces), vocab),
         temperature=choice.temperature,
         top_k=choice.top_k,
         top_p=choice.top_p,

@@ -37,7 +37,7 @@ def check_several(command: Generate) -> None:
 
 def answer_several(command: Generate, session: Session, cache: Cache, ids: list[int], grammar: Grammar | None) -> int:
     """Print `command.n` answers, and what they took."""
-    rows, model, params = sampling(command.choice, session.tokenizer, grammar), session.model, session.params
+    rows, model, params = sampling(command.choice, session, grammar), session.model, session.params
     begun = time.perf_counter()
     with status() as show:
         announce(show)

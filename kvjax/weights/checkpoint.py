@@ -142,12 +142,6 @@ def load_model(path: Path, precision: Precision) -> Loaded:
     return Loaded(model, params, tokenizer)
 
 
-def differing(config: ModelConfig, stored: dict[str, Any]) -> list[str]:
-    """The fields in which a model's config is not the one that was written as JSON."""
-    ours = json.loads(json.dumps(asdict(config)))
-    return [name for name in ours | stored if ours.get(name) != stored.get(name)]
-
-
 def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
     from tokenizers import Tokenizer as Inner
 

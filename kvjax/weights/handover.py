@@ -22,9 +22,10 @@ from kvjax.cache.attention import Mask
 from kvjax.cache.base import Cache, LayerSpec, Strategy, layer_spec
 from kvjax.cache.dense import Dense
 from kvjax.cache.shared import Shared
+from kvjax.config import differing
 from kvjax.decode.widths import power_of_two
 from kvjax.model import Transformer
-from kvjax.weights.checkpoint import differing, new_folder, restore, save
+from kvjax.weights.checkpoint import new_folder, restore, save
 from kvjax.weights.safetensors_file import read_json
 
 _FORMAT = "kvjax-handover-1"
@@ -38,18 +39,19 @@ def export_cache(path: str | os.PathLike[str], cache: Cache) -> None:
         path: on a disk that the other process sees, or in memory (`/dev/shm`); an earlier hand-over there is replaced.
         cache: one that holds all of its rows' tokens, in whatever way: codes are written as what they stand for.
     Raises:
-        ValueError: for a cache that may have dropped tokens: `kvjax.save` writes it as it is.
+        ValueError: for a cache that has dropped tokens: `kvjax.save` writes it as it is.
         FileExistsError: if `path` is something other than a hand-over.
     """
     if not isinstance(cache, Cache):
         raise ValueError(f"export_cache: `cache` must be what a strategy's `init` makes, got {type(cache).__name__}")
     opened = cache.opened(jnp.zeros(cache.batch, jnp.int32))[0]
-    if any(layer.assured != (None, 0) for layer in opened.layers):
+    lengths = np.asarray(cache.length)
+    held = [np.asarray((layer.held(cache.length) >= 0).sum(1)).reshape(len(lengths), -1) for layer in opened.layers]
+    if any((count != lengths[:, None]).any() for count in held):
         raise ValueError(
-            f"export_cache: `cache` must hold all tokens, but {cache.strategy} may have dropped some: write it as it "
+            f"export_cache: `cache` must hold all tokens, but {cache.strategy} has dropped some: write it as it "
             "is with `kvjax.save`, and read it with `kvjax.restore` into a cache of the same strategy"
         )
-    lengths = np.asarray(cache.length)
     width = power_of_two(int(lengths.max(initial=1)))
     layers = [_by_position(layer, cache.length, width=width) for layer in opened.layers]
     about = {
@@ -98,8 +100,8 @@ def import_cache(
     lengths, width = np.array(about["lengths"], np.int32), about["width"]
     with jax.default_device(device):
         cache = strategy.init(model, batch=len(lengths), capacity=capacity)
-        if names := differing(model.config, about["config"]):
-            raise ValueError(f"import_cache: {path} was written for another model: its {', '.join(names)} differ")
+        if how := differing(model.config, about["config"]):
+            raise ValueError(f"import_cache: {path} was written for another model: {how}")
         if why := strategy.need(cache, lengths):
             raise ValueError(f"import_cache: rows {why}: make `capacity` larger")
         c = model.config

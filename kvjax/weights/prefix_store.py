@@ -22,8 +22,9 @@ from kvjax.cache.prefix import Policy, PrefixStore
 from kvjax.cache.prefix.codec import decode, encode
 from kvjax.cache.prefix.index import Block, Tally, Turns
 from kvjax.cache.prefix.store import pages_of, paired, settled
+from kvjax.config import differing
 from kvjax.model import Params
-from kvjax.weights.checkpoint import differing, new_folder, restore, save
+from kvjax.weights.checkpoint import new_folder, restore, save
 from kvjax.weights.safetensors_file import read_json
 
 _FORMAT = "kvjax-store-1"
@@ -129,8 +130,8 @@ def _compare(path: Path, about: dict[str, Any], cache: Cache, params: Params) ->
     """Refuse a store that this cache, or a model with these parameters, cannot serve."""
     if np.asarray(pages_of(cache, "restore_store").kept).any():
         raise ValueError("restore_store: `cache` already holds pages of a store")
-    if names := differing(cache.config, about["config"]):
-        raise ValueError(f"restore_store: {path} is of another model: its {', '.join(names)} differ")
+    if how := differing(cache.config, about["config"]):
+        raise ValueError(f"restore_store: {path} was written for another model: {how}")
     if _sampled(params) != about["weights"]:
         raise ValueError(f"restore_store: {path} is of other weights than `params`, though of a model like it")
     if about["page"] != (page := cache.layers[0].k.shape[1]):

@@ -147,7 +147,10 @@ class TextStream:
         """
         pieces = self.tokenizer.pieces
         if not 0 <= token < len(pieces):
-            raise ValueError(f"TextStream: `token` must be in 0..{len(pieces) - 1}, got {token}")
+            raise ValueError(
+                f"TextStream: `token` must be in 0..{len(pieces) - 1}, got {token}: where the model has more ids than "
+                "its tokenizer, give those to `Sampling(banned=…)`"
+            )
         piece, special = pieces[token], token in self.tokenizer.special
         if special and self.skip_special:
             piece = b""

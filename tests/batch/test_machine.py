@@ -7,19 +7,27 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kvjax  # noqa: F401 - loaded before Hypothesis counts time
-from kvjax import batch
+from kvjax import Sampling, batch
 from kvjax.batch import Request, Settings
 from kvjax.cache import Paged
 from kvjax.cache.prefix import POLICIES
+from kvjax.draft import PromptLookup
 from tests.batch.requests import CAPACITY, KEY, MAX_NEW, alone
 from tests.tiny import tiny
+from tests.tiny_model import bytes_tokenizer
 
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=1.0, seed=3),
+    Sampling(stop=list(range(16))),
+    Sampling(temperature=1.0, seed=4, stop_strings=[chr(i) for i in range(33, 45)]),
+]
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 30, 31], [9, 8], [1, 2, 3, 4, 40], [50] * 20]
 
 
 @cache
-def wanted(prompt: int, new: int) -> tuple[list[int], str]:
-    return alone(Request("", PROMPTS[prompt], new), 0)
+def wanted(prompt: int, new: int, how: int) -> tuple[list[int], str]:
+    return alone(Request("", PROMPTS[prompt], new, SAMPLINGS[how]), 0)
 
 
 class Serving(RuleBasedStateMachine):
@@ -27,11 +35,13 @@ class Serving(RuleBasedStateMachine):
         preempt=st.sampled_from(["recompute", "offload"]),
         store=st.sampled_from([None, "lru"]),
         pool=st.sampled_from([9, 11]),
+        draft=st.sampled_from([None, PromptLookup(k=3, shortest=1)]),
     )
-    def start(self, preempt, store, pool):
+    def start(self, preempt, store, pool, draft):
         model, _ = tiny()
         self.model, self.params = tiny()
         self.time, self.sent, self.results = 0.0, {}, {}
+        costs = None if draft is None else [1.0] * 3  # measured ones are others each time
         self.serving = batch.open(
             model,
             Paged(page=4, pool=pool),
@@ -40,7 +50,9 @@ class Serving(RuleBasedStateMachine):
             max_new=MAX_NEW,
             key=KEY,
             store=None if store is None else POLICIES[store],
-            settings=Settings(chunk=8, steps=4, patience=5.0, preempt=preempt),
+            settings=Settings(
+                chunk=8, steps=4, patience=5.0, preempt=preempt, draft=draft, costs=costs, tokenizer=bytes_tokenizer()
+            ),
         )
 
     def take(self, results):
@@ -53,11 +65,16 @@ class Serving(RuleBasedStateMachine):
             else:
                 assert (result.tokens, result.reason) == (tokens, reason)
 
-    @rule(prompt=st.integers(0, len(PROMPTS) - 1), new=st.sampled_from([1, 3, 16]), priority=st.integers(0, 2))
-    def submit(self, prompt, new, priority):
+    @rule(
+        prompt=st.integers(0, len(PROMPTS) - 1),
+        new=st.sampled_from([1, 3, 16]),
+        how=st.integers(0, len(SAMPLINGS) - 1),
+        priority=st.integers(0, 2),
+    )
+    def submit(self, prompt, new, how, priority):
         name = len(self.sent)
-        self.sent[name] = prompt, new
-        request = Request(name, PROMPTS[prompt], new, priority=priority)
+        self.sent[name] = prompt, new, how
+        request = Request(name, PROMPTS[prompt], new, SAMPLINGS[how], priority=priority)
         self.serving, results = batch.submit(self.model, self.serving, request, self.time)
         assert results == []
 

@@ -128,6 +128,11 @@ def test_a_draft_keeps_nothing_of_who_sat_there_before(draft):
     assert (had["b"].proposed, had["b"].accepted) == (alone["b"].proposed, alone["b"].accepted)
 
 
+def of_another_vocabulary():
+    model = kvjax.Transformer(replace(tiny()[0].config, vocab=60))
+    return DraftModel(model, kvjax.init_params(model, KEY), k=2)
+
+
 SMALL_WORDS = small_tokenizer()
 PAIRS, LETTERS, ENDED = (regex(text, SMALL_WORDS) for text in ("(ab|cd){6,9}", "[a-c]{2}(d[a-c]{1,3})*", "a?b?c"))
 
@@ -176,7 +181,7 @@ def test_a_grammar_no_request_can_keep_is_refused_alone(unchecked):
 
 def test_grammars_too_large_together_wait_for_each_other(monkeypatch):
     most = table_bytes([PAIRS, LETTERS], 61)
-    for module in (batch.serving, kvjax.decode.grammars):
+    for module in (batch.turns, kvjax.decode.grammars):
         monkeypatch.setattr(module, "MOST_BYTES", most)
     requests = [Request(i, [i, 5], 9, Sampling(grammar=g)) for i, g in enumerate([PAIRS, LETTERS, ENDED, PAIRS])]
     assert table_bytes([PAIRS, LETTERS, ENDED], 61) > most
@@ -290,6 +295,7 @@ def test_a_request_larger_than_the_pool_is_refused():
         ({"prefill": (1,)}, "`prefill` must be a model and its parameters, got tuple"),
         ({"prefill": tiny("qwen3")}, "`prefill` must be of the model's config"),
         ({"draft": PromptLookup(k=3), "costs": [1.0]}, "batch.open: `costs` must have 3 entries"),
+        ({"draft": of_another_vocabulary()}, "its vocabulary must be the target.s, 61 tokens, got 60"),
         ({"draft": PromptLookup(k=CAPACITY)}, "`k` must be below `capacity`, 40, got 40"),
         ({"strategy": Dense(), "store": "lru"}, "must be a Paged one"),
     ],

@@ -219,6 +219,7 @@ def test_beams_change_places_without_moving_keys():
         (1, {"max_new": 0}, "beam: `max_new` must be at least 1"),
         (2, {}, "beam: `tokens` must be one prompt, got 2: search one at a time"),
         (1, {"length_penalty": float("inf")}, "beam: `length_penalty` must be a finite number, got inf"),
+        (1, {"length_penalty": 100.0}, "beam: `length_penalty` must leave `max_new` to its power between"),
         (1, {"length_penalty": "1"}, "beam: `length_penalty` must be a finite number, got '1'"),
         (1, {"stop": [61]}, r"beam: `stop` must be token ids in \[0, 61\), got \[61\]"),
         (1, {"stop": [1.5]}, r"beam: `stop` must be token ids in \[0, 61\), got \[1.5\]"),

@@ -16,7 +16,7 @@ import kvjax
 from kvjax import Sampling, cli
 from kvjax.cache import Dense
 from tests.terminal.processes import call, environment, start
-from tests.tiny_model import bytes_tokenizer
+from tests.tiny_model import bytes_tokenizer, save_tiny
 
 
 @pytest.fixture
@@ -286,6 +286,14 @@ def _user_cache():
     from kvjax.paths import cache_dir
 
     return cache_dir()
+
+
+def test_ids_that_the_tokenizer_has_no_text_for_are_never_drawn(kvjax_here, tmp_path):
+    """As where a vocabulary is padded to a round number: a hot model would draw one in three of them here."""
+    wide = str(save_tiny(tmp_path / "wide", vocab=400))
+    args = ("Hello", "--model", wide, "--max-new", "40", "--raw", "--temperature", "50", "--json")
+    result = parsed(kvjax_here("generate", *args))
+    assert len(result["tokens"]) > 4 and max(result["tokens"]) < 260
 
 
 @pytest.mark.parametrize("how", ["lookup", "lookup:k=3,shortest=1", "model:{model},k=2"])

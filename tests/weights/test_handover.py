@@ -1,5 +1,6 @@
 """A cache that goes from one process to another, and is kept there in another way."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,6 +84,38 @@ def test_another_precision_and_device(tmp_path):
     kvjax.generate(model, params, again, last, max_new=2)
 
 
+def test_another_device_of_two(tmp_path):
+    """Decoded on a second device, which the default one is not."""
+    cache, last = held(Dense())
+    kvjax.export_cache(tmp_path / "cache", cache)
+    code = f"""
+import jax, kvjax
+from kvjax.cache import Paged
+from tests.tiny import tiny
+one, two = jax.devices()
+model, params = tiny()
+cache = kvjax.import_cache({str(tmp_path / "cache")!r}, model, Paged(page=4), capacity=32, device=two)
+assert all(x.devices() == {{two}} for x in jax.tree.leaves(cache))
+with jax.default_device(two):
+    out = kvjax.generate(model, jax.device_put(params, two), cache, {last}, max_new={NEW})
+assert out.tokens.devices() == {{two}}
+print(out.tokens.tolist())
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert eval(done.stdout) == wanted().tolist()
+
+
+@pytest.mark.parametrize("strategy", [Ring(window=16), Evicting(64)], ids=str)
+def test_one_that_has_dropped_nothing_yet_holds_all(strategy, tmp_path):
+    model, params = tiny()
+    cache, last = held(strategy)
+    kvjax.export_cache(tmp_path / "cache", cache)
+    again = kvjax.import_cache(tmp_path / "cache", model, capacity=32)
+    np.testing.assert_array_equal(kvjax.generate(model, params, again, last, max_new=NEW).tokens, wanted())
+
+
 def test_an_empty_cache(tmp_path):
     model, _ = tiny()
     kvjax.export_cache(tmp_path / "cache", Dense().init(model, batch=2, capacity=8))
@@ -92,7 +125,7 @@ def test_an_empty_cache(tmp_path):
 def test_what_cannot_be_handed_over(tmp_path, unchecked):
     model, _ = tiny()
     lossy, _ = held(Ring(window=6))
-    with pytest.raises(ValueError, match="may have dropped some"):
+    with pytest.raises(ValueError, match="has dropped some"):
         kvjax.export_cache(tmp_path / "cache", lossy)
     with pytest.raises(ValueError, match="`cache` must be what a strategy's `init` makes, got int"):
         kvjax.export_cache(tmp_path / "cache", 3)

@@ -1,5 +1,7 @@
 """The store with a model: what prefill is spared, and what is computed all the same."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import kvjax
 from kvjax.cache import Dense, Paged, release, stats
 from kvjax.cache.prefix import POLICIES, keep, make_room, open_store, reuse
 from kvjax.decode import generation
+from kvjax.draft import DraftModel
 from tests.tiny import prompts, tiny
 
 PAGE, POOL, CAPACITY, NEW = 4, 16, 48, 4
@@ -62,6 +65,20 @@ def test_a_second_prompt_takes_in_only_its_rest(policy, taken):
     figures = stats(out.cache)
     np.testing.assert_array_equal([figures.hits, figures.misses], [[18, 7], [5, 5]])
     assert out.store.tally.found == 25 and out.store.tally.asked == 40 + 23 + 12
+
+
+def test_speculation_takes_in_only_the_rest_and_keeps_what_it_made(taken):
+    model, params, cache, store = opened()
+    guess = partial(kvjax.speculate, model, params, max_new=NEW, draft=DraftModel(model, params, k=2), costs=[1.0] * 3)
+    out = guess(cache, first(), store=store)
+    np.testing.assert_array_equal(out.tokens, recomputed(model, params, first()).tokens)  # also by prefill
+    texts = again(18, 7)
+    out = guess(release(out.cache), texts, store=out.store)
+    assert taken == [[20, 20], [20, 20], [5, 5]] and out.speculated.proposed.sum() > 0
+    np.testing.assert_array_equal(out.tokens, recomputed(model, params, texts).tokens)
+    held = [[*text, *new][:-1] for text, new in zip(texts, out.tokens.tolist(), strict=True)]
+    _, _, rest = reuse(out.store, release(out.cache), [[*row, 7] for row in held])
+    assert [len(row) for row in rest] == [1 + len(row) % 4 for row in held]
 
 
 def test_logits_are_those_of_prompts_computed_anew():
