@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from jaxtyping import Bool, Int
 
 END = 0
 """The byte that stands for the end of a text while an expression is compiled. No text has it."""
+
+MARK = b'"\x01"'
+"""A JSON string that no text has, for what is put in its place later."""
 
 MOST_STATES = 1 << 15
 """Of an automaton over bytes. Its table is made of Python's dictionaries, which take about 100 bytes a transition."""
@@ -82,6 +87,52 @@ def trimmed(table: Next, accepts: Accepts, start: int = 0) -> Kept:
     part = _equal(table, accepts)
     _, first = np.unique(part, return_index=True)
     return _discovered(np.where(table >= 0, part[table], -1)[first], accepts[first], int(part[0]))
+
+
+def inlined(
+    table: Next, accepts: Accepts, moves: Int[np.ndarray, "others symbols"], ends: Bool[np.ndarray, "others"]
+) -> Kept:
+    """The language in which each `MARK` stands for any text that `moves` and `ends` accept.
+
+    By the subset construction (Rabin and Scott 1959).
+    """
+    size = len(table)
+    leads = np.arange(size)  # where a mark leads from each state
+    for byte in MARK:
+        leads = np.where(leads >= 0, table[leads, byte], -1)
+    copies = {int(to): size + i * len(moves) for i, to in enumerate(np.unique(leads[leads >= 0]))}
+    back = {begin: to for to, begin in copies.items()}
+    table = np.where(np.arange(256) == MARK[1], -1, table)
+    both = np.concatenate([table, *(np.where(moves >= 0, moves + begin, -1) for begin in back)])
+    kinds, firsts = numbered(both.T)
+    both = both[:, firsts].tolist()
+
+    def closed(states: Iterable[int]) -> frozenset[int]:
+        """With the states that are reached without a byte: the other's start, and a mark's target at its ends."""
+        found, new = set(), list(states)
+        while new:
+            state = new.pop()
+            if state < 0 or state in found:
+                continue
+            found.add(state)
+            if state < size:
+                new.append(copies.get(int(leads[state]), -1))
+            elif ends[(state - size) % len(moves)]:
+                new.append(back[state - (state - size) % len(moves)])
+        return frozenset(found)
+
+    order = [closed([0])]
+    number, rows = {order[0]: 0}, []
+    for states in order:  # it grows on the way
+        rows.append([])
+        for targets in zip(*(both[state] for state in states), strict=True):
+            to = closed(targets)
+            if to and to not in number:
+                number[to] = len(order)
+                order.append(to)
+            rows[-1].append(number[to] if to else -1)
+    accepted = np.array([any(state < size and accepts[state] for state in states) for states in order])
+    return trimmed(np.array(rows, np.int32)[:, kinds], accepted)
 
 
 def steps_to_end(table: Next, accepts: Accepts) -> Int[np.ndarray, "states"]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from kvjax.grammar.automaton import over_bytes, without_anchors
+from kvjax.grammar.automaton import MARK, Kept, inlined, over_bytes, without_anchors
 from kvjax.grammar.grammar import Grammar, Vocabulary, over_tokens, vocabulary_of
 
 REMARKS = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions"} | {
@@ -32,6 +33,12 @@ KEYWORDS = {
 """What each type may have."""
 
 COUNTS = {"minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"}
+
+DEEP = 4
+"""How many arrays and objects a value of any kind may have in each other."""
+
+ANY = {"type": "string", "pattern": MARK[1:2].decode()}
+"""Stands for a value of any kind."""
 
 ESCAPED = [ord('"'), ord("\\"), *range(32)]
 """Bytes that a JSON string may not hold as they are."""
@@ -58,8 +65,8 @@ def json_schema(schema: Mapping[str, Any] | str, tokenizer: Vocabulary) -> Gramm
     """JSON texts that satisfy a schema: properties in its order, and at most one space where JSON allows any.
 
     Every text of the grammar is valid; not every valid text is in it. An object with `properties` has no others, an
-    array with `prefixItems` no further ones, a pattern is matched from end to end, and a value of any kind is only so
-    deep.
+    array with `prefixItems` no further ones, a pattern is matched from end to end, and a value of any kind is at most
+    four arrays or objects deep.
 
     Args:
         schema: as Python data, or as a JSON text.
@@ -79,6 +86,11 @@ def json_schema(schema: Mapping[str, Any] | str, tokenizer: Vocabulary) -> Gramm
             f"json_schema: `schema` has a value of a kind that its keyword cannot have: {error}"
         ) from error
     pieces = vocabulary_of(tokenizer, "json_schema")
+    return over_tokens(json.dumps(root), *_automaton(exact, DEEP), pieces)
+
+
+def _automaton(exact: str, deep: int) -> Kept:
+    """Over bytes; where it has values of any kind, those may be so deep."""
     try:
         from outlines_core import json_schema as outlines
     except ImportError as error:
@@ -87,7 +99,17 @@ def json_schema(schema: Mapping[str, Any] | str, tokenizer: Vocabulary) -> Gramm
         pattern = outlines.build_regex_from_schema(exact)
     except ValueError as error:
         raise ValueError(f"json_schema: `schema` is not supported: {error}") from error
-    return over_tokens(json.dumps(root), *over_bytes(pattern, alone=False), pieces)
+    made = over_bytes(pattern, alone=False)
+    return inlined(*made, *_any(deep)) if ANY["pattern"] in pattern else made
+
+
+@cache
+def _any(deep: int) -> Kept:
+    """Values of any kind."""
+    kinds: list[dict] = [{"type": kind} for kind in ("string", "number", "boolean", "null")]
+    if deep:
+        kinds += [{"type": "array", "items": ANY}, {"type": "object", "additionalProperties": ANY}]
+    return _automaton(json.dumps({"anyOf": kinds}), deep - 1)
 
 
 def _parsed(schema: Any) -> Any:
@@ -102,12 +124,12 @@ def _parsed(schema: Any) -> Any:
 def _exact(node: Any, root: Any, at: str, refs: tuple[str, ...]) -> Any:
     """A node that admits nothing more than the one given, in the keywords that `outlines-core` is exact in."""
     if node is True or node == {}:
-        return {}
+        return ANY
     if not isinstance(node, dict):
         _refuse(at, "must be an object of keywords", node)
     rest = {key: value for key, value in node.items() if key not in REMARKS and not key.startswith("x-")}
     if not rest:
-        return {}
+        return ANY
     for key in ("$ref", "anyOf", "oneOf", "allOf"):
         if key in rest:
             if len(rest) > 1:
@@ -195,9 +217,8 @@ def _object(rest: dict, root: Any, at: str, refs: tuple[str, ...]) -> Any:
         if fewest > 1 or (most is not None and most < fewest):
             _refuse(at, "`minProperties` must be at most 1 where names are free, and at most `maxProperties`", fewest)
         bounds = {key: rest[key] for key in ("minProperties", "maxProperties") if key in rest}
-        more = rest.get("additionalProperties", True)
-        kept = {} if more is True else {"additionalProperties": _exact(more, root, f"{at}/additionalProperties", refs)}
-        return {"type": "object", **kept, **bounds}
+        more = _exact(rest.get("additionalProperties", True), root, f"{at}/additionalProperties", refs)
+        return {"type": "object", "additionalProperties": more, **bounds}
     if fewest > len(required) or (most is not None and most < len(inner)):
         _refuse(at, "`minProperties` and `maxProperties` must follow from `required` and `properties`", [fewest, most])
     for name in inner:
@@ -220,8 +241,7 @@ def _array(rest: dict, root: Any, at: str, refs: tuple[str, ...]) -> Any:
             "prefixItems": [_exact(each, root, f"{at}/prefixItems/{i}", refs) for i, each in enumerate(nodes)],
         }
     bounds = {key: rest[key] for key in ("minItems", "maxItems") if key in rest}
-    kept = {"items": _exact(rest["items"], root, f"{at}/items", refs)} if rest.get("items", True) is not True else {}
-    return {"type": "array", **kept, **bounds}
+    return {"type": "array", "items": _exact(rest.get("items", True), root, f"{at}/items", refs), **bounds}
 
 
 def _string(rest: dict, root: Any, at: str, refs: tuple[str, ...]) -> Any:

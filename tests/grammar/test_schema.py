@@ -8,12 +8,15 @@ from uuid import UUID
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from kvjax.grammar import json_schema
-from kvjax.grammar.schema import FORMATS
+from kvjax.grammar.schema import DEEP, FORMATS
 from tests.tiny_model import bytes_tokenizer
 
 TOKENIZER = bytes_tokenizer()
+STRING = {"type": "string"}
 PERSON = {
     "type": "object",
     "properties": {
@@ -68,7 +71,40 @@ def test_every_text_is_valid():
         assert all(tag in ("a.b", 'c"d', "é") for tag in value.get("tags", [])) and len(value.get("tags", [])) <= 2
 
 
-STRING = {"type": "string"}
+def depth(value) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+
+BOTH = {"a": True, "b": {"anyOf": [STRING, {}]}}
+ANY_KIND = [
+    json_schema(schema, TOKENIZER)
+    for schema in ({}, {"type": "array"}, {"type": "object", "properties": BOTH}, {"type": "object"})
+]
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+WORDS = st.text("abc é€", max_size=4)
+VALUES = st.recursive(PLAIN | WORDS, lambda x: st.lists(x, max_size=3) | st.dictionaries(WORDS, x, max_size=3))
+
+
+@given(VALUES)
+@example([[{"": [1]}]])
+@example([[[[[]]]]])
+@example({"a": [{"b": {"c": [2]}}]})
+def test_a_value_of_any_kind_is_in_the_grammar_unless_it_is_too_deep(value):
+    text, good = json.dumps(value, ensure_ascii=False), depth(value) <= DEEP
+    assert accepts(ANY_KIND[0], text) == accepts(ANY_KIND[1], f"[0, {text}]") == good
+    assert accepts(ANY_KIND[2], f'{{"a": {text},"b":{text}}}') == accepts(ANY_KIND[3], f'{{"c": {text}}}') == good
+    assert not any(accepts(grammar, f'{{"a": {text}') for grammar in ANY_KIND)
+
+
+@pytest.mark.parametrize("schema", [{}, {"type": "object"}, {"anyOf": [{"type": "integer"}, {}]}], ids=str)
+def test_every_text_of_any_kind_is_valid(schema):
+    grammar, rng = json_schema(schema, TOKENIZER), np.random.default_rng(0)
+    for _ in range(100):
+        value = json.loads(random_text(grammar, rng), strict=False)
+        assert depth(value) <= DEEP + (schema == {"type": "object"})
+
+
 REFUSED = {
     "no JSON": ("{", "must be JSON"),
     "no schema": ([], "must be an object of keywords"),
