@@ -15,7 +15,7 @@ from kvjax.cache.base import Strategy
 from kvjax.cache.prefix import Policy, PrefixStore, open_store
 from kvjax.decode.generation import check_counts, check_number
 from kvjax.draft.base import Draft
-from kvjax.draft.speculation import check_costs
+from kvjax.draft.costs import check_costs
 from kvjax.draft.state import widths
 from kvjax.model import Params, Transformer
 
@@ -27,10 +27,11 @@ class Settings:
     Args:
         chunk: prompt tokens that a filling row takes in at once, at most, while others wait to decode on.
         steps: of decoding between two looks at who waits, at most.
-        patience: seconds of waiting that count for one of priority.
+        patience: seconds of waiting that count for one of priority; infinite for waiting not to count.
         preempt: what becomes of a row's keys when it must give it up: `"recompute"`, `"offload"` or `"compress"`.
             What is kept in 8 bits is no longer exact; a lossy cache may come to keep other tokens when recomputed.
-        draft, costs: as `batch.decode` takes them.
+        draft, costs: as `batch.decode` takes them; costs that are not given are measured in the first turns, where
+            pages are there for 4 `steps` or more.
         prefill: model and parameters that prompts are taken in by, of the same config, such as one of less precision.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,9 +17,9 @@ from kvjax.decode.generation import check_counts
 from kvjax.decode.state import RUNNING
 from kvjax.decode.widths import power_of_two
 from kvjax.draft.base import Draft
-from kvjax.draft.costs import SOME, known, paid_for, timed
-from kvjax.draft.rounds import advance
-from kvjax.draft.state import LONGEST, Speculation, grown, widths
+from kvjax.draft.costs import paid_for, timed
+from kvjax.draft.rounds import runner
+from kvjax.draft.state import grown
 from kvjax.model import Params, Transformer, cached
 
 NARROWEST = 16
@@ -82,30 +82,21 @@ def decode(
         costs: of each number of guesses in `widths(draft)`; None takes what was measured in this process, by `serve`
             or `speculate`, and a tenth of a step for each guess where nothing was.
     """
-    most, least_ = jnp.int32(steps), jnp.int32(least)
     if draft is None:
-        return _decode(model, params, slots, most, least_)
-    paid = paid_for(costs, model, draft, slots.spec)
-    return replace(slots, spec=_rounds(model, params, draft)(slots.spec, slots.rules, paid, most, least_))
-
-
-def can_time(model: Transformer, slots: Slots, draft: Draft, steps: int) -> bool:
-    """Whether `time_rounds` still has something to time, and needs no more room than `decode` in so many steps."""
-    rounds, most = SOME * (1 + draft.most), steps * (1 + draft.most)
-    return max(rounds, LONGEST) <= most and not known(model, draft, slots.spec)
+        return _decode(model, params, slots, jnp.int32(steps), jnp.int32(least))
+    paid = paid_for(costs, model, draft, slots.spec, slots.rules)
+    run = runner(model, params, draft, together=False)
+    return replace(slots, spec=run(slots.spec, slots.rules, paid, steps, least))
 
 
 def time_rounds(model: Transformer, params: Params, slots: Slots, draft: Draft) -> Slots:
-    """`decode` for some rounds, which tell what a number of guesses costs.
+    """`decode` for some rounds (`longest_timed`), which tell what a number of guesses costs.
 
     Args:
         slots: donated: use the one returned.
     """
-    return replace(slots, spec=timed(model, draft, _rounds(model, params, draft), slots.spec, slots.rules)[0])
-
-
-def _rounds(model: Transformer, params: Params, draft: Draft) -> Callable[..., Speculation]:
-    return partial(advance, model, params, draft, widths=widths(draft), together=False)
+    run = runner(model, params, draft, together=False)
+    return replace(slots, spec=timed(model, draft, run, slots.spec, slots.rules)[0])
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="slots")

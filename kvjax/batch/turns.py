@@ -17,11 +17,12 @@ from kvjax.batch.request import Request, Result
 from kvjax.batch.seating import admit, check, constrain, heed, retire
 from kvjax.batch.serving import Serving, Ticket, with_seat
 from kvjax.batch.slots import Made, watch
-from kvjax.batch.steps import can_time, decode, feed, feed_width, time_rounds
+from kvjax.batch.steps import decode, feed, feed_width, time_rounds
 from kvjax.decode.grammars import table_bytes
 from kvjax.decode.sampling import checked
 from kvjax.decode.state import REASONS, RUNNING
 from kvjax.decode.stops import too_many
+from kvjax.draft.costs import can_time, longest_timed
 from kvjax.grammar.grammar import MOST_BYTES, Grammar
 from kvjax.model import Params, Transformer
 
@@ -211,8 +212,10 @@ def _decode(model, params, serving: Serving, time: float) -> Serving:
         else:
             serving = _give_up(serving, _weakest(serving, time)[0])
     draft, slots = settings.draft, serving.slots
-    if draft is not None and settings.costs is None and can_time(model, slots, draft, steps):
-        return replace(serving, slots=time_rounds(model, params, slots, draft))
+    if draft is not None and settings.costs is None:
+        roomy_enough = longest_timed(draft) <= steps * (1 + guesses)
+        if roomy_enough and can_time(model, draft, slots.spec, slots.rules):
+            return replace(serving, slots=time_rounds(model, params, slots, draft))
     waits = bool(serving.waiting) or bool(now.filling.any())
     least = int(now.running.sum()) if waits else 1
     slots = decode(model, params, slots, steps=steps, least=least, draft=draft, costs=settings.costs)

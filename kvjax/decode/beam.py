@@ -71,6 +71,7 @@ def beam(
     max_new: int,
     length_penalty: float = 1.0,
     stop: Sequence[int] = (),
+    banned: Sequence[int] = (),
     capacity: int | None = None,
     grammar: Grammar | None = None,
 ) -> Output:
@@ -83,9 +84,10 @@ def beam(
 
     Args:
         cache: of one row, donated; takes in the prompt, and needs no room for what follows.
-        beams: from 1 to the vocabulary's size.
+        beams: from 1 to as many tokens as are not banned.
         length_penalty: the power of the length that divides the sum of logprobs: 0 for the sum, 1 for the mean.
         stop: token ids that end a hypothesis; the one met is part of it.
+        banned: token ids that no hypothesis has.
         capacity: own tokens that a row of the cache returned can hold, and at least the `max_new` of this call.
         grammar: what a hypothesis may be, as `Sampling` takes it: one without a stop token ends once it is whole and
             nothing can follow. Of fewer than `beams` possible ones the rest are empty, with a score of -inf.
@@ -98,10 +100,10 @@ def beam(
         FloatingPointError: if logits were not finite.
     """
     tokens, lengths = as_prompts(model, cache, tokens, lengths, "beam")
-    stops = _check(model.config.vocab, tokens.shape[0], beams, max_new, length_penalty, stop, capacity)
-    ruling = rules(
-        Sampling(stop=stops[stops >= 0].tolist(), grammar=grammar), batch=1, vocab=model.config.vocab, max_new=max_new
-    ).grammars
+    vocab = model.config.vocab
+    stops = _check(vocab, tokens.shape[0], beams, max_new, length_penalty, stop, banned, capacity)
+    row = Sampling(stop=stops[stops >= 0].tolist(), banned=banned, grammar=grammar)
+    ruling = rules(row, batch=1, vocab=vocab, max_new=max_new)
     new = power_of_two(max_new)
     capacity = max(new, capacity or 0)
     if model.config.rope is None:
@@ -111,7 +113,8 @@ def beam(
     logits, cache = fill(model, params, cache, tokens, lengths)
     cache = spread(model, cache, beams, capacity, inner)
     settings = jnp.asarray(stops), jnp.asarray(np.float32(length_penalty)), jnp.asarray(np.int32(max_new))
-    cache, found, score, reason = _search(model, params, cache, logits, *settings, ruling, new=new)
+    bans = ruling.bias_ids[0], ruling.grammars
+    cache, found, score, reason = _search(model, params, cache, logits, *settings, *bans, new=new)
     if not traced(reason) and (np.asarray(reason) == NOT_FINITE).any():
         raise FloatingPointError(f"beam: logits were not finite after {int(found.lengths.max())} new tokens")
     if max_new > 1:
@@ -123,13 +126,15 @@ def beam(
     return Output(new_tokens, found.lengths, logprobs, cache, reason, score=score)
 
 
-def _check(vocab: int, rows: int, beams, max_new, length_penalty, stop, capacity) -> Int[np.ndarray, "stops"]:
+def _check(vocab: int, rows: int, beams, max_new, length_penalty, stop, banned, capacity) -> Int[np.ndarray, "stops"]:
     """The stop tokens, each once, padded with -1 to a power of two."""
     check_counts("beam", beams=beams, max_new=max_new, **({} if capacity is None else {"capacity": capacity}))
     if rows != 1:
         raise ValueError(f"beam: `tokens` must be one prompt, got {rows}: search one at a time")
     if beams > vocab:
         raise ValueError(f"beam: `beams` must be at most the vocabulary's {vocab} tokens, got {beams}")
+    if beams > (left := vocab - len(set(banned))):
+        raise ValueError(f"beam: `beams` must be at most the {left} tokens that are not `banned`, got {beams}")
     check_number("beam", "length_penalty", length_penalty)
     if abs(length_penalty) * np.log2(max_new) > 120:  # or scores would be 0, or infinite, in float32
         raise ValueError(
@@ -143,7 +148,7 @@ def _check(vocab: int, rows: int, beams, max_new, length_penalty, stop, capacity
 
 
 @partial(jax.jit, static_argnames=("model", "new"), donate_argnames="cache")
-def _search(model, params, cache: Cache, logits, stop, penalty, limit, ruling: Grammars, *, new: int):
+def _search(model, params, cache: Cache, logits, stop, penalty, limit, banned, ruling: Grammars, *, new: int):
     """From the prompt's logits to the cache, back at the prompt, and the best hypotheses, their scores and reasons."""
     beams, vocab = cache.batch, logits.shape[1]
     none = Hypotheses(
@@ -155,7 +160,7 @@ def _search(model, params, cache: Cache, logits, stop, penalty, limit, ruling: G
     )
     start = replace(none, total=none.total.at[0].set(0.0))
     search = Search(cache, start, none, jnp.zeros((), jnp.int32), jnp.ones((), bool))
-    search = _turn(search, jnp.broadcast_to(logits, (beams, vocab)), stop, penalty, ruling)
+    search = _turn(search, jnp.broadcast_to(logits, (beams, vocab)), stop, penalty, banned, ruling)
 
     def going(search: Search):
         at_most = _at_most(search.live.total, search.made, limit, penalty)
@@ -165,7 +170,7 @@ def _search(model, params, cache: Cache, logits, stop, penalty, limit, ruling: G
     def body(search: Search) -> Search:
         newest = jax.lax.dynamic_index_in_dim(search.live.tokens, search.made - 1, axis=1)
         logits, cache = cached(model, params, newest, None, search.cache)
-        return _turn(replace(search, cache=cache), logits, stop, penalty, ruling)
+        return _turn(replace(search, cache=cache), logits, stop, penalty, banned, ruling)
 
     search = jax.lax.while_loop(going, body, search)
     whole = replace(search.live, total=jnp.where(search.made == limit, search.live.total, -jnp.inf))
@@ -189,12 +194,18 @@ def _search(model, params, cache: Cache, logits, stop, penalty, limit, ruling: G
 
 
 def _turn(
-    search: Search, logits: Float[Array, "beams vocab"], stop: Int[Array, "stops"], penalty, ruling: Grammars
+    search: Search,
+    logits: Float[Array, "beams vocab"],
+    stop: Int[Array, "stops"],
+    penalty,
+    banned: Int[Array, "bans"],
+    ruling: Grammars,
 ) -> Search:
     """Continue every live hypothesis by every token, from the logits after each."""
     live, (beams, vocab) = search.live, logits.shape
     logits = logits.astype(jnp.float32)
     logprobs = jax.nn.log_softmax(logits, axis=-1)  # never above 0, rounding included, as `_at_most` needs
+    logprobs = logprobs.at[:, jnp.where(banned < 0, vocab, banned)].set(-jnp.inf, mode="drop")
     if not ruling.none:
         which = jnp.zeros(beams, jnp.int32)
         logprobs = jnp.where(allowed(ruling, which, _each(stop, beams), live.ruled), logprobs, -jnp.inf)

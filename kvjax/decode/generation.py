@@ -194,7 +194,8 @@ def check_counts(where: str, **counts) -> None:
 
 def check_number(where: str, name: str, value: Any, *, above: float | int | None = None) -> None:
     """Raise ValueError for what is no finite number, or, where there is a bound, no number above it."""
-    if not isinstance(value, Real) or not (math.isfinite(value) if above is None else value > above):
+    number: Any = value if isinstance(value, Real) else math.nan
+    if not (abs(number) < math.inf if above is None else number > above):
         what = "a finite number" if above is None else f"above {above}"
         raise ValueError(f"{where}: `{name}` must be {what}, got {value!r}")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from kvjax.decode.prompts import traced
 from kvjax.decode.sampling import Rules
 from kvjax.draft.base import Draft
-from kvjax.draft.rounds import PATIENCE
+from kvjax.draft.rounds import PATIENCE, Run
 from kvjax.draft.state import LONGEST, Speculation, widths
 from kvjax.model import Transformer
 
@@ -25,9 +25,13 @@ SOME = 2
 
 @dataclass
 class Timed:
-    """Seconds a call with each number of guesses, infinite where none was timed, after so many `turns` of timing."""
+    """What was timed so far: seconds a call with each number of guesses, infinite where none was, in so many turns.
+
+    `empty` is the least that a call of no rounds took.
+    """
 
     seconds: np.ndarray
+    empty: float = math.inf
     turns: int = 0
 
 
@@ -48,48 +52,56 @@ def check_costs(costs, choices: tuple[int, ...], where: str) -> None:
         raise ValueError(f"{where}: `costs` must be above 0, got {np.asarray(costs).tolist()}")
 
 
-def paid_for(costs, model: Transformer, draft: Draft, spec: Speculation) -> Float[Array, "choices"]:
+def paid_for(costs, model: Transformer, draft: Draft, spec: Speculation, rules: Rules) -> Float[Array, "choices"]:
     """`costs` as an array; where None are given, what was timed so far, and a tenth of a step more for each guess."""
     if costs is None:
-        costs = filled(_timed(model, draft, spec).seconds, widths(draft))
+        costs = filled(so_far(model, draft, spec, rules).seconds, widths(draft))
     return jnp.asarray(costs, jnp.float32)
 
 
-def known(model: Transformer, draft: Draft, spec: Speculation) -> bool:
-    """Whether calls of this model, draft, batch and cache were timed twice with each number of guesses."""
-    return _timed(model, draft, spec).turns == len(_order(widths(draft)))
+def can_time(model: Transformer, draft: Draft, spec: Speculation, rules: Rules) -> bool:
+    """Whether calls with some number of guesses were not timed twice yet, and can be.
+
+    Not while traced, nor by several processes, which would not agree.
+    """
+    if traced(spec.state.reason) or jax.process_count() > 1:
+        return False
+    return so_far(model, draft, spec, rules).turns < 2 * len(widths(draft))
 
 
-def timed(model: Transformer, draft: Draft, run: Callable, spec: Speculation, rules: Rules) -> tuple[Speculation, bool]:
+def timed(model: Transformer, draft: Draft, run: Run, spec: Speculation, rules: Rules) -> tuple[Speculation, bool]:
     """Some rounds with the number of guesses that is next to be timed, on the host; what they make counts.
 
-    The first of all is not timed. Steps without guesses are made as where guesses do not pay: many between two plans.
-    What a call of no rounds takes is not counted.
+    The first is not timed: it may compile, and the draft take in what it has missed. Steps without guesses are made as
+    where guesses do not pay: many between two plans. What a call of no rounds takes is not counted.
 
     Args:
-        run: `advance` but for what it is to go on from; makes up to `LONGEST` tokens, or `SOME` calls with guesses.
+        run: of `runner`; makes up to `longest_timed` tokens a row.
     Returns:
         What there is then, and whether such rounds were made: not where no row was long enough.
     """
-    choices, so_far = widths(draft), _timed(model, draft, spec)
-    i = _order(choices)[so_far.turns]
+    choices, was = widths(draft), so_far(model, draft, spec, rules)
+    i = was.turns % len(choices)
     only = jnp.asarray(np.where(np.arange(len(choices)) == i, 1.0, np.inf).astype(np.float32))
-    before = np.asarray(spec.rounds)
     if i == 0:
         spec = replace(spec, idle=jnp.full_like(spec.idle, PATIENCE * LONGEST))
-    started = time.perf_counter()
+    spec = jax.block_until_ready(run(spec, rules, only, 1))
+    before, started = np.asarray(spec.rounds), time.perf_counter()
     spec = jax.block_until_ready(run(spec, rules, only, 0))
     called = time.perf_counter()
     spec = jax.block_until_ready(run(spec, rules, only, LONGEST if i == 0 else SOME))
-    taken = (time.perf_counter() - called) - (called - started)
-    made = np.asarray(spec.rounds) - before
+    taken, made = time.perf_counter() - called, np.asarray(spec.rounds) - before
+    was.empty = min(was.empty, called - started)
     good = bool(made[i] == made.sum() > 0)
-    if good and so_far.turns == 0:
-        so_far.turns = 1
-    elif good and taken > 0:
-        so_far.seconds[i] = min(so_far.seconds[i], taken / made[i])
-        so_far.turns += 1
-    return spec, good
+    if good and taken > was.empty:
+        was.seconds[i] = min(was.seconds[i], (taken - was.empty) / made[i])
+        was.turns += 1
+    return replace(spec, idle=jnp.zeros_like(spec.idle)), good
+
+
+def longest_timed(draft: Draft) -> int:
+    """Tokens a row that `timed` makes, at most."""
+    return max(1 + LONGEST, (1 + SOME) * (1 + draft.most))
 
 
 def filled(seconds: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
@@ -99,11 +111,11 @@ def filled(seconds: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
     return np.where(there, seconds, model * scale).astype(np.float32)
 
 
-def _order(choices: tuple[int, ...]) -> tuple[int, ...]:
-    return 0, *range(len(choices)), *range(len(choices))
-
-
-def _timed(model: Transformer, draft: Draft, spec: Speculation) -> Timed:
+def so_far(model: Transformer, draft: Draft, spec: Speculation, rules: Rules) -> Timed:
+    """What was timed for such a model, draft, cache, rules and device."""
+    none = Timed(np.full(len(widths(draft)), np.inf))
+    if traced(spec.state.reason):
+        return none
     cache = spec.state.cache
-    kind = model, jax.tree.structure((draft, cache)), cache.batch, cache.capacity
-    return _TIMED.setdefault(kind, Timed(np.full(len(widths(draft)), np.inf)))
+    kind = model, jax.tree.structure((draft, cache, rules)), cache.batch, cache.capacity
+    return _TIMED.setdefault((*kind, frozenset(cache.length.devices())), none)

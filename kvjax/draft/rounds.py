@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,10 +15,14 @@ from kvjax.cache.ahead import ahead, picked, settle
 from kvjax.compact import Compact, compact
 from kvjax.decode.sampling import Rules
 from kvjax.decode.state import emit, emit_at
+from kvjax.draft.base import Draft
 from kvjax.draft.plan import left_of, plan_of, room_of
-from kvjax.draft.state import LONGEST, Speculation, grown, tokens_checked
+from kvjax.draft.state import LONGEST, Speculation, grown, tokens_checked, widths
 from kvjax.draft.tree import paths
-from kvjax.model import with_hidden
+from kvjax.model import Params, Transformer, with_hidden
+
+Run = Callable[..., Speculation]
+"""Takes a speculation, rules, costs, how many rounds at most, and how many rows must run for another."""
 
 MEMORY = 0.9
 """What a row's record of right guesses keeps with each round of more."""
@@ -29,6 +34,16 @@ FORGIVING = 1 - 1 / 256
 """What it keeps with each round without a guess: a draft that was of no use is tried again, seldom."""
 
 
+def runner(model: Transformer, params: Params, draft: Draft, *, together: bool = True) -> Run:
+    """`advance` but for what it is to go on from, always as the one program: counts are int32."""
+
+    def run(spec: Speculation, rules: Rules, costs, rounds: int, least: int = 1) -> Speculation:
+        counts = jnp.asarray(rounds, jnp.int32), jnp.asarray(least, jnp.int32)
+        return advance(model, params, draft, spec, rules, costs, *counts, widths=widths(draft), together=together)
+
+    return run
+
+
 @partial(jax.jit, static_argnames=("model", "widths", "together"), donate_argnames="spec")
 def advance(
     model,
@@ -38,7 +53,7 @@ def advance(
     rules: Rules,
     costs,
     rounds,
-    least=1,
+    least,
     *,
     widths: tuple[int, ...],
     together: bool = True,

@@ -8,7 +8,7 @@ is kept as often as by rejection sampling (Leviathan et al. 2023, arXiv:2211.171
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 
 import jax
@@ -24,8 +24,8 @@ from kvjax.decode.sampling import GREEDY, Rules, Sampling
 from kvjax.decode.state import State
 from kvjax.decode.widths import power_of_two
 from kvjax.draft.base import Draft
-from kvjax.draft.costs import check_costs, filled, known, paid_for, timed
-from kvjax.draft.rounds import advance
+from kvjax.draft.costs import can_time, check_costs, filled, paid_for, so_far, timed
+from kvjax.draft.rounds import Run, runner
 from kvjax.draft.state import Speculation, blank, grown, widths
 from kvjax.model import Params, Transformer
 from kvjax.pytree import pytree
@@ -112,8 +112,9 @@ def stream(
     begun, spec, run, choices = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
-    measuring, seconds = costs is None and not known(model, draft, spec), np.full(len(choices), np.inf)
-    paid = paid_for(costs, model, draft, spec)
+    measuring = costs is None and can_time(model, draft, spec, begun.rules)
+    seconds = so_far(model, draft, spec, begun.rules).seconds.copy()
+    paid = paid_for(costs, model, draft, spec, begun.rules)
     spec = run(spec, begun.rules, paid, 0)  # compiled before the first token is seen
     had = np.zeros(spec.length.shape, np.int32)
     while True:
@@ -137,7 +138,7 @@ def stream(
 
 def _opened(
     model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
-) -> tuple[Begun, Speculation, Callable, tuple[int, ...]]:
+) -> tuple[Begun, Speculation, Run, tuple[int, ...]]:
     """After the prompts and before the first round: also what runs rounds, and the numbers of guesses it can check."""
     if not isinstance(draft, Draft) or isinstance(draft, type):
         raise ValueError(f"speculate: `draft` must be one of kvjax.draft's, got {draft!r}")
@@ -153,15 +154,15 @@ def _opened(
     if before is not None:
         texts = _joined(model, before, *texts)
     spec = _begin(model, draft, begun.state, *texts, begun.ready is not None)
-    return begun, spec, partial(advance, model, params, draft, widths=choices), choices
+    return begun, spec, runner(model, params, draft), choices
 
 
 def _paid(model, draft, spec: Speculation, rules: Rules, run, costs) -> tuple[Speculation, Array]:
     """Costs that are given, known or timed now; and what was made meanwhile."""
-    going = costs is None and not traced(spec.state.reason)
-    while going and not known(model, draft, spec):
+    going = costs is None
+    while going and can_time(model, draft, spec, rules):
         spec, going = timed(model, draft, run, spec, rules)
-    return spec, paid_for(costs, model, draft, spec)
+    return spec, paid_for(costs, model, draft, spec, rules)
 
 
 def _ended(begun: Begun, spec: Speculation, paid, choices: tuple[int, ...], max_new: int) -> Output:

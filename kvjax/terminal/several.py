@@ -50,6 +50,7 @@ def answer_several(command: Generate, session: Session, cache: Cache, ids: list[
                 beams=command.beam,
                 max_new=command.max_new,
                 stop=rows.stop,
+                banned=rows.banned,
                 grammar=grammar,
             )
         else:

@@ -90,7 +90,8 @@ def import_cache(
     if not (path / _MARK).exists():
         raise FileNotFoundError(f"import_cache: no hand-over at {path} (a folder with {_MARK}, as export_cache writes)")
     about = read_json(path / _MARK)
-    if about.get("format") != _FORMAT or not {"lengths", "width", "config", "dtypes"} <= about.keys():
+    whole = {"lengths", "width", "config", "dtypes"} <= about.keys() and isinstance(about["config"], dict)
+    if about.get("format") != _FORMAT or not whole:
         raise ValueError(f"import_cache: {path / _MARK} is not of format {_FORMAT}, or not whole")
     strategy = Dense() if strategy is None else strategy
     if not isinstance(strategy, Strategy) or isinstance(strategy, Shared):

@@ -14,7 +14,7 @@ from kvjax.batch import Cancel, Request, Settings, steps
 from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring, Shared
 from kvjax.cache.prefix import POLICIES
 from kvjax.decode.grammars import table_bytes
-from kvjax.draft import DraftModel, EarlyExit, Heads, PromptLookup
+from kvjax.draft import DraftModel, EarlyExit, Heads, PromptLookup, costs
 from kvjax.grammar import regex
 from tests.batch.requests import CAPACITY, KEY, MAX_NEW, alone, several
 from tests.compiles import Compiles
@@ -115,6 +115,22 @@ def test_with_guesses(draft, preempt):
     if draft == "model":  # it is the target itself: what it has kept of a row's last request would make it wrong
         plain = [results[r.name] for r in requests if r.sampling == Sampling() and r.speculate]
         assert len(plain) > 1 and all(r.accepted == r.proposed for r in plain)
+
+
+def test_what_guesses_cost_is_measured_while_requests_are_served(monkeypatch):
+    """By the one program that decodes, also where pages are few; and not again."""
+    monkeypatch.setattr(costs, "_TIMED", {})
+    requests = [replace(r, max_new=MAX_NEW) for r in several(2, 24) if not r.sampling.stop_strings]  # another program
+    draft = drafts()["lookup"]
+    with Compiles() as compiles:
+        results, after = served(opened(draft=draft, steps=8), requests)
+    right(results, requests)
+    all_free(after)
+    assert compiles.of("advance") == 1
+    (timed,) = costs._TIMED.values()
+    assert timed.turns == 6 and np.isfinite(timed.seconds).all() and (timed.seconds > 0).all()
+    monkeypatch.setattr(batch.turns, "time_rounds", None)
+    served(after, [Request("one more", [5, 9, 5, 9], 8)])
 
 
 @pytest.mark.parametrize("draft", ["lookup", "model", "heads", "exit"])

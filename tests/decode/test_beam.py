@@ -201,7 +201,9 @@ def test_beams_change_places_without_moving_keys():
     prompt = Dense().init(model, batch=1, capacity=8192)
     cache = spread(model, prompt, 4, 4096, Paged(PAGE, 4 * 4096 // PAGE + 2))
     numbers = jnp.array([3], jnp.int32), jnp.float32(1.0), jnp.int32(16)
-    program = _search.lower(model, params, cache, jnp.zeros((1, 61)), *numbers, pack([None], 61)[1], new=16).compile()
+    program = _search.lower(
+        model, params, cache, jnp.zeros((1, 61)), *numbers, jnp.array([-1]), pack([None], 61)[1], new=16
+    ).compile()
     memory, text, layer = program.memory_analysis(), program.as_text(), cache.layers[0]
     assert memory.alias_size_in_bytes >= kvjax.nbytes(cache.layers)
     for buffer in (layer.inner.k, layer.prefix.k):
@@ -216,6 +218,8 @@ def test_beams_change_places_without_moving_keys():
     [
         (1, {"beams": 0}, "beam: `beams` must be at least 1, a whole number, got 0"),
         (1, {"beams": 62}, "beam: `beams` must be at most the vocabulary's 61 tokens, got 62"),
+        (1, {"banned": range(60)}, "beam: `beams` must be at most the 1 tokens that are not `banned`, got 2"),
+        (1, {"banned": [61]}, r"`banned` ids must be in \[0, 61\)"),
         (1, {"max_new": 0}, "beam: `max_new` must be at least 1"),
         (2, {}, "beam: `tokens` must be one prompt, got 2: search one at a time"),
         (1, {"length_penalty": float("inf")}, "beam: `length_penalty` must be a finite number, got inf"),
@@ -234,6 +238,21 @@ def test_what_is_refused(rows, settings, words):
     with pytest.raises(ValueError, match=words):
         kvjax.beam(model, params, cache, [[1, 2]] * rows, **{"beams": 2, "max_new": 4} | settings)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+
+
+def test_banned_tokens_are_in_no_hypothesis():
+    """The rest is as if the model gave them no chance, and logprobs stay the model's own."""
+    model, params = tiny()
+    prompt = prompts(0, 1, 11)
+    free = search(model, params, prompt, beams=2, max_new=6)
+    banned = sorted(set(free.tokens[0].tolist()))
+    out = search(model, params, prompt, beams=2, max_new=6, banned=banned)
+    assert not set(out.tokens.flatten().tolist()) & set(banned)
+    first = logprobs(model, params, [prompt[0].tolist()])[0]
+    assert set(out.tokens[:, 0].tolist()) <= set(
+        np.argsort(np.where(np.isin(range(61), banned), -np.inf, first))[-2:].tolist()
+    )
+    np.testing.assert_allclose(out.logprobs[:, 0], first[np.asarray(out.tokens[:, 0])], atol=1e-4)
 
 
 def test_learned_positions_run_out():
