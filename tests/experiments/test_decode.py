@@ -19,12 +19,7 @@ def test_every_way_has_a_row_and_the_tokens_of_generate(path, capsys):
     rows = decode.run(config, lambda doing, done: None)
     ways = [(row["work"], row["batch"], row["method"]) for row in rows]
     assert ways == [
-        *(
-            (work, batch, way)
-            for work in ("repair", "open")
-            for batch in (1, 2)
-            for way in ("generate", "prompt lookup")
-        ),
+        *(("open", batch, way) for batch in (1, 2) for way in ("generate", "prompt lookup")),
         ("samples", 2, "2 calls"),
         ("samples", 2, "sample_n"),
     ]
