@@ -31,7 +31,7 @@ class Settings:
         preempt: what becomes of a row's keys when it must give it up: `"recompute"`, `"offload"` or `"compress"`.
             What is kept in 8 bits is no longer exact; a lossy cache may come to keep other tokens when recomputed.
         draft, costs: as `batch.decode` takes them; costs that are not given are measured in the first turns, where
-            pages are there for 4 `steps` or more.
+            pages are there for `longest_timed` tokens a row: 5 `steps` at most.
         prefill: model and parameters that prompts are taken in by, of the same config, such as one of less precision.
     """
 

@@ -135,9 +135,8 @@ class QuantizedLayer(InOrder):
 
     def _pick(self, pool, inside: Int[Array, "batch"], index: Int[Array, "batch tokens"]):
         """Tokens of a row by index: those below `inside` from the slots, others from behind them."""
-        return self._at(
-            pool, jnp.where(index < inside[:, None], self._slot(index), self.k.shape[1] + index - inside[:, None])
-        )
+        inside = inside[:, None]
+        return self._at(pool, jnp.where(index < inside, self._slot(index), self.k.shape[1] + index - inside))
 
     def _refreshed(self, pool, start: Int[Array, "batch"], end: Int[Array, "batch"]):
         """The slots once the tokens from `start` to `end`, behind them in the pool, are in them."""
@@ -146,6 +145,7 @@ class QuantizedLayer(InOrder):
         return self._at(pool, jnp.where(fresh, slot.size + newest - start[:, None], slot))
 
     def _at(self, pool, at: Int[Array, "batch tokens"]):
+        """Tokens of a row by where they lie in the pool."""
         at = jnp.repeat(at, self.k.shape[0] // at.shape[0], axis=0)[..., None]
         return tuple(jnp.take_along_axis(x, at, axis=1, mode="clip") for x in pool)
 

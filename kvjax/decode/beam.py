@@ -95,8 +95,8 @@ def beam(
         The cache holds the prompt once, as `Shared`, and is filled anew with the hypotheses that are returned.
     Raises:
         ValueError: for what `prefill` refuses, more than one prompt, `beams` or `max_new` out of range, a
-            `length_penalty` that is not finite or too large, a stop token outside the vocabulary, or a grammar that
-            `rules` refuses.
+            `length_penalty` that is not finite or too large, a stop or banned token outside the vocabulary, or a
+            grammar that `rules` refuses.
         FloatingPointError: if logits were not finite.
     """
     tokens, lengths = as_prompts(model, cache, tokens, lengths, "beam")

@@ -81,12 +81,12 @@ def speculate(
     Raises:
         ValueError: for what `generate` refuses, a draft that is not for this model, or `costs` that do not fit.
     """
-    begun, spec, run, choices = _opened(
+    begun, spec, run = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
     spec, paid = _paid(model, draft, spec, begun.rules, run, costs)
     spec = run(spec, begun.rules, paid, jnp.iinfo(jnp.int32).max)
-    return _ended(begun, spec, paid, choices, max_new)
+    return _ended(begun, spec, draft, paid, max_new)
 
 
 def stream(
@@ -109,7 +109,7 @@ def stream(
 
     Costs that are not known are measured as rounds go by.
     """
-    begun, spec, run, choices = _opened(
+    begun, spec, run = _opened(
         model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
     )
     measuring = costs is None and can_time(model, draft, spec, begun.rules)
@@ -127,34 +127,33 @@ def stream(
             ended = np.where(had + n + 1 < made, decoding.RUNNING, reason)
             yield Step(np.where(fresh, token, -1), np.where(fresh, score, np.float32(0)), ended)
         if (reason != decoding.RUNNING).all():
-            return _ended(begun, spec, paid, choices, max_new)
+            return _ended(begun, spec, draft, paid, max_new)
         rounds, started = np.array(spec.rounds), time.perf_counter()
         had, spec = made, run(spec, begun.rules, paid, 1)
         if measuring:
             which = np.asarray(spec.rounds) > rounds
             seconds = np.where(which, np.minimum(seconds, time.perf_counter() - started), seconds)
-            paid = jnp.asarray(filled(seconds, choices))
+            paid = jnp.asarray(filled(seconds, widths(draft)))
 
 
 def _opened(
     model, params, cache, tokens, lengths, draft, max_new, key, sampling, tokenizer, store, before, costs
-) -> tuple[Begun, Speculation, Run, tuple[int, ...]]:
-    """After the prompts and before the first round: also what runs rounds, and the numbers of guesses it can check."""
+) -> tuple[Begun, Speculation, Run]:
+    """After the prompts and before the first round: also what runs rounds."""
     if not isinstance(draft, Draft) or isinstance(draft, type):
         raise ValueError(f"speculate: `draft` must be one of kvjax.draft's, got {draft!r}")
     draft.check(model.config)
-    choices = widths(draft)
     if isinstance(cache, Cache) and cache.capacity is not None and draft.most >= cache.capacity:
         raise ValueError(
             f"speculate: the draft's `k` must be below the cache's capacity, {cache.capacity}, got {draft.most}"
         )
-    check_costs(costs, choices, "speculate")
+    check_costs(costs, widths(draft), "speculate")
     begun = start(model, params, cache, tokens, lengths, max_new, key, sampling, tokenizer, store, "speculate")
     texts = begun.tokens, begun.lengths
     if before is not None:
         texts = _joined(model, before, *texts)
     spec = _begin(model, draft, begun.state, *texts, begun.ready is not None)
-    return begun, spec, runner(model, params, draft), choices
+    return begun, spec, runner(model, params, draft)
 
 
 def _paid(model, draft, spec: Speculation, rules: Rules, run, costs) -> tuple[Speculation, Array]:
@@ -165,8 +164,8 @@ def _paid(model, draft, spec: Speculation, rules: Rules, run, costs) -> tuple[Sp
     return spec, paid_for(costs, model, draft, spec, rules)
 
 
-def _ended(begun: Begun, spec: Speculation, paid, choices: tuple[int, ...], max_new: int) -> Output:
-    how = Speculated(spec.proposed, spec.accepted, spec.rounds, jnp.asarray(choices, jnp.int32), paid)
+def _ended(begun: Begun, spec: Speculation, draft: Draft, paid, max_new: int) -> Output:
+    how = Speculated(spec.proposed, spec.accepted, spec.rounds, jnp.asarray(widths(draft), jnp.int32), paid)
     return finish(begun, spec.state, max_new, "speculate")._replace(speculated=how)
 
 
