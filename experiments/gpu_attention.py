@@ -13,7 +13,7 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 
-from experiments.gpu_timing import COLD, copy_bandwidth, microseconds, require_gpu
+from experiments.gpu_timing import COLD, copy_bandwidth, microseconds, parse_work, require_gpu
 from experiments.registry import Progress, Row
 from kernels.decode_attention import decode_attention, fitting
 from kernels.decode_packed import decode_packed, fitting_packed
@@ -53,22 +53,10 @@ class Config:
         if unknown := [name for name in self.kernels if name not in KERNELS]:
             raise ValueError(f"gpu_attention: `kernels` must be among {', '.join(KERNELS)}, got {unknown}")
         for name in self.works:
-            shape(name)
+            parse_work("gpu_attention", name)
         for name in ("calls", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"gpu_attention: `{name}` must be at least 1, got {getattr(self, name)}")
-
-
-def shape(work: str) -> tuple[int, int]:
-    """Batch and context of a work.
-
-    Raises:
-        ValueError: if it is not `BATCHxCONTEXT`.
-    """
-    batch, _, context = work.partition("x")
-    if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context)):
-        raise ValueError(f"gpu_attention: `works` must be BATCHxCONTEXT, such as 1x32768, got {work!r}")
-    return int(batch), int(context)
 
 
 def run(config: Config, progress: Progress) -> list[Row]:
@@ -78,7 +66,7 @@ def run(config: Config, progress: Progress) -> list[Row]:
     rows: list[Row] = []
     for i, work in enumerate(config.works):
         progress(work, i / len(config.works))
-        rows += _measure(config, *shape(work), bandwidth)
+        rows += _measure(config, *parse_work("gpu_attention", work), bandwidth)
     return rows
 
 

@@ -53,6 +53,25 @@ def summed(ms: Sequence[float], calls: int) -> list[float]:
     return [1e3 * sum(ms[i : i + each]) for i in range(0, len(ms), each)]
 
 
+def parse_work(name: str, work: str) -> tuple[int, int]:
+    """Batch and context of a work.
+
+    Raises:
+        ValueError: if it is not `BATCHxCONTEXT`, naming the experiment.
+    """
+    batch, _, context = work.partition("x")
+    if not (batch.isdecimal() and context.isdecimal() and int(batch) and int(context)):
+        raise ValueError(f"{name}: `works` must be BATCHxCONTEXT, such as 1x32768, got {work!r}")
+    return int(batch), int(context)
+
+
+def read_bandwidth(calls: int = 10) -> float:
+    """Bytes a second at which rows of a large array are read and summed."""
+    x = jax.random.normal(jax.random.key(0), (2**18, 4096), jnp.bfloat16)
+    total = jax.jit(lambda x: x.astype(jnp.float32).sum(1))
+    return x.nbytes / (1e-6 * median(microseconds(total, [(x,)], calls)))
+
+
 def copy_bandwidth(calls: int = 10) -> float:
     """Bytes a second of a large copy, read and written, that no kernel bound by memory does much better than."""
     x = jax.random.normal(jax.random.key(0), (2**29,), jnp.bfloat16)

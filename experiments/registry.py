@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "compile_cpu": "experiments.compile_cpu",
     "decode": "experiments.decode",
     "gpu_attention": "experiments.gpu_attention",
+    "gpu_model": "experiments.gpu_model",
     "prefix_trace": "experiments.prefix_trace",
     "train_draft": "experiments.train_draft",
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels.decode_kernel import CHUNK, run
+from kernels.decode_kernel import run
 from kernels.decode_parts import EIGHT
-from kernels.decode_plan import ROWS, Plan, Tiling, plan
-from kernels.reference import Mask, Partial
+from kernels.decode_plan import Plan, Tiling, plan
+from kernels.reference import ROWS, Mask, Partial
 
 
 def decode_attention(
@@ -37,39 +38,94 @@ def decode_attention(
         ValueError: while tracing, for shapes or dtypes that this kernel does not take.
     Source: Dao et al. 2023, "Flash-Decoding"; warp specialisation as in arXiv:2407.08608.
     """
+    if why := refusal(q, k, v):
+        raise ValueError(f"decode_attention: {why}")
+    rows, _, dim = k.shape
+    kv_heads = rows // q.shape[0]
+    tiling = tiling or fitting(dim, rows)
+    work = work or plan(positions, slots, mask, kv_heads, tiling)
+    out, lse = run(_folded(q, kv_heads), k, v, work, mask, tiling=tiling, kv_heads=kv_heads, interpret=interpret)
+    return _unfolded(out, lse, q)
+
+
+def decode_append(
+    q: Float[Array, "batch 1 heads head_dim"],
+    new_k: Float[Array, "rows 1 head_dim"],
+    new_v: Float[Array, "rows 1 head_dim"],
+    k: Float[Array, "rows slots head_dim"],
+    v: Float[Array, "rows slots head_dim"],
+    positions: Int[Array, "batch 1"],
+    slots: Int[Array, "batch slots"],
+    to: Int[Array, "batch"],
+    mask: Mask,
+    *,
+    tiling: Tiling | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "batch 1 heads head_dim"], Float[Array, "batch 1 heads"], Any, Any]:
+    """What `kernels.reference.append` gives, in one kernel; `k` and `v` are written in place where they may be.
+
+    Raises:
+        ValueError: as `decode_attention`, and for a width other than 1.
+    """
+    if why := refusal(q, k, v):
+        raise ValueError(f"decode_append: {why}")
+    if q.shape[1] != 1:
+        raise ValueError(f"decode_append: expected one token a row, got {q.shape[1]}")
+    rows, held, dim = k.shape
+    to = jnp.where(to < held, to, -1)
+    slots = jnp.where(jnp.arange(held)[None] == to[:, None], -1, slots)  # what is overwritten is not seen
+    kv_heads = rows // q.shape[0]
+    tiling = tiling or fitting(dim, rows)
+    work = plan(positions, slots, mask, kv_heads, tiling)
+    new = (new_k[:, 0].astype(k.dtype), new_v[:, 0].astype(v.dtype), to)
+    folded = _folded(q, kv_heads)
+
+    def step(refs):
+        out_ref, lse_ref, k_ref, v_ref = refs
+        out_ref[...], lse_ref[...] = run(
+            folded, k_ref, v_ref, work, mask, new, tiling=tiling, kv_heads=kv_heads, interpret=interpret
+        )
+
+    empty = jnp.zeros_like(folded), jnp.zeros(folded.shape[:2], jnp.float32)  # never made: all of it is written
+    out, lse, k, v = pl.run_state(step)((*empty, k, v))
+    return *_unfolded(out, lse, q), k, v
+
+
+def _folded(q: Float[Array, "batch width heads head_dim"], kv_heads: int) -> Float[Array, "rows queries head_dim"]:
+    """Queries by K/V head, the query heads before the width."""
+    batch, width, _, dim = q.shape
+    return q.reshape(batch, width, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch * kv_heads, -1, dim)
+
+
+def _unfolded(out: Float[Array, "rows queries head_dim"], lse: Float[Array, "rows queries"], q) -> Partial:
+    """Undo `_folded` of results, for queries like `q`."""
+    batch, width, _, dim = q.shape
+    kv_heads = out.shape[0] // batch
+    out = out.reshape(batch, kv_heads, -1, width, dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    lse = lse.reshape(batch, kv_heads, -1, width).transpose(0, 3, 1, 2).reshape(q.shape[:3])
+    return out, lse
+
+
+def refusal(
+    q: Float[Array, "batch width heads head_dim"],
+    k: Float[Array, "rows slots head_dim"],
+    v: Float[Array, "rows slots head_dim"],
+) -> str | None:
+    """Why the kernel does not take these; None if it does."""
     batch, width, heads, dim = q.shape
     rows, held, _ = k.shape
     kv_heads = rows // batch
     queries = heads // max(kv_heads, 1) * width
     if not kv_heads or rows != batch * kv_heads or heads % kv_heads or queries > ROWS:
-        raise ValueError(
-            f"decode_attention: {heads} heads of width {width} over {rows} rows of `k` in a batch of {batch} are "
-            f"{queries} queries a K/V head; expected a whole number up to {ROWS}"
+        return (
+            f"{heads} heads of width {width} over {rows} rows of `k` in a batch of {batch} are {queries} queries a "
+            f"K/V head; expected a whole number up to {ROWS}"
         )
     if q.dtype != k.dtype or k.dtype != v.dtype or k.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"decode_attention: expected bfloat16 or float16 throughout, got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
+        return f"expected bfloat16 or float16 throughout, got {q.dtype}, {k.dtype}, {v.dtype}"
     if dim % 32 or dim > 256 or held % EIGHT:
-        raise ValueError(
-            f"decode_attention: expected a `head_dim` that 32 divides, up to 256, and slots that {EIGHT} divides, "
-            f"got {dim} and {held}"
-        )
-    tiling = tiling or fitting(dim, rows)
-    work = work or plan(positions, slots, mask, kv_heads, tiling)
-    group = heads // kv_heads
-    folded = q.reshape(batch, width, kv_heads, group, dim).transpose(0, 2, 3, 1, 4).reshape(rows, queries, dim)
-    packed = EIGHT % queries == 0 and rows * queries % EIGHT == 0 and queries * min(dim, CHUNK) % 256 == 0
-    if packed and not interpret:
-        folded = folded.reshape(-1, EIGHT, dim)  # a row's queries and its neighbours', as they lie in memory
-    else:
-        folded = jnp.pad(folded, ((0, 0), (0, -queries % EIGHT), (0, 0)))
-    each = queries if packed and not interpret else folded.shape[1]
-    out, lse = run(folded, k, v, work, mask, each, tiling=tiling, kv_heads=kv_heads, interpret=interpret)
-    out, lse = out.reshape(rows, each, dim)[:, :queries], lse.reshape(rows, each)[:, :queries]
-    out = out.reshape(batch, kv_heads, group, width, dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
-    lse = lse.reshape(batch, kv_heads, group, width).transpose(0, 3, 1, 2).reshape(q.shape[:3])
-    return out.astype(q.dtype), lse
+        return f"expected a `head_dim` that 32 divides, up to 256, and slots that {EIGHT} divides, got {dim} and {held}"
+    return None
 
 
 def fitting(head_dim: int, rows: int, most: int = 132) -> Tiling:
@@ -79,4 +135,4 @@ def fitting(head_dim: int, rows: int, most: int = 132) -> Tiling:
     tokens in 8 heads, 128 workers 181.
     """
     workers = next((n for n in range(most, most - most // 8, -1) if n % rows == 0 or rows % n == 0), most)
-    return Tiling(128 if head_dim < 128 else 64, 2, workers)
+    return Tiling(128 if head_dim < 128 else 64, 2, workers, whole=2)

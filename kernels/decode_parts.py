@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kernels.reference import Mask
+from kernels.reference import ROWS, Mask
 
 EIGHT = 8
 """Queries come in eights: rows of a swizzled tile in shared memory."""
@@ -44,8 +44,36 @@ def clear(v_smem, slots_smem) -> None:
     plgpu.commit_smem()
 
 
-def store_rows(value, ref, place, each: int, interpret) -> None:
-    """Rows `place … place + each - 1` of a result, from registers straight to device memory."""
+def load_rows(ref, interpret):
+    """A row's queries from device memory, as the left side of a product; what is past them is of no use."""
+    queries, dim = ref.shape
+    if interpret:
+        return jnp.pad(ref[...], ((0, ROWS - queries), (0, 0)))
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((ROWS, dim), ref.dtype, layout=layout)
+    )
+    def load(_, ref):
+        last = mgpu.c(queries - 1, ir.IndexType.get())
+        number = ir.MemRefType(ref.type).element_type
+        shape = mgpu.WGMMA_LAYOUT.registers_shape((ROWS, dim))
+        registers = np.empty(shape, dtype=object)
+        places = mgpu.WGMMA_LAYOUT.thread_idxs((ROWS, dim))
+        pair = ir.VectorType.get((2,), number)
+        for at, (row, column) in zip(np.ndindex(shape), places, strict=True):
+            registers[at] = vector.load(pair, ref, [arith.minui(row, last), column])
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return load(ref)
+
+
+def store_rows(value, ref, count, interpret) -> None:
+    """The first `count` rows of a result, from registers straight to device memory."""
     if interpret:
         ref[...] = value[: ref.shape[0]]
         return
@@ -53,23 +81,40 @@ def store_rows(value, ref, place, each: int, interpret) -> None:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, memref
 
-    less, least = arith.CmpIPredicate.ult, arith.CmpIPredicate.uge
+    layout = plgpu.Layout.WGMMA if value.shape[0] == ROWS else strided(value.shape)
 
-    def store_from(low: int):
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-        def store(_, value, ref):
-            def one(x, at):
-                bound = [mgpu.c(edge, ir.IndexType.get()) for edge in (low, low + each)]
-                inside = arith.andi(arith.cmpi(least, at[0], bound[0]), arith.cmpi(less, at[0], bound[1]))
-                with mgpu.when(inside):
-                    memref.store(x, ref, list(at))
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def store(_, value, ref, count):
+        bound = arith.index_castui(ir.IndexType.get(), count.registers.flat[0])
 
-            value.foreach(one)
+        def one(x, at):
+            with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, at[0], bound)):
+                memref.store(x, ref, list(at))
 
-        store(value, ref)
+        value.foreach(one)
 
-    for low in range(0, max(EIGHT, each), each):
-        pl.when(place == low)(lambda low=low: store_from(low))
+    store(value, ref, jnp.asarray(count, jnp.int32))
+
+
+def store_row(value, ref, interpret) -> None:
+    """A row of numbers that all threads have a part of, to device memory."""
+    if interpret:
+        ref[...] = value
+        return
+    from jaxlib.mlir.dialects import memref
+
+    layout = plgpu.Layout.WGMMA.reduce(0)
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def store(_, value, ref):
+        value.foreach(lambda x, at: memref.store(x, ref, list(at)))
+
+    store(value, ref)
+
+
+def strided(shape):
+    """A layout in which neighbours in memory belong to one thread."""
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=math.gcd(math.prod(shape) // 128, 4))
 
 
 def signal(counter) -> None:
@@ -97,8 +142,7 @@ def await_all(counter, number) -> None:
 
 def merge_some(outs, lses, number):
     """The first `number` partials of some queries, weighed by their softmax denominators, which each column has."""
-    vec = math.gcd(math.prod(outs[0].shape) // 128, 4)
-    layout = plgpu.Layout.WG_STRIDED(outs[0].shape, vec_size=vec)
+    layout = strided(outs[0].shape)
     lses = [plgpu.load(ref, layout=layout, optimized=False) for ref in lses]  # ty: ignore[missing-argument]
     outs = [plgpu.load(ref, layout=layout, optimized=False) for ref in outs]  # ty: ignore[missing-argument]
     peak = lses[0]

@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kernels.reference import Mask, visible
-
-ROWS = 64
-"""Queries that one matrix instruction takes; a K/V head's group times the width must fit."""
+from kernels.reference import ROWS, Mask, visible
 
 
 @dataclass(frozen=True)
@@ -22,11 +19,13 @@ class Tiling:
         tile: slots that are read and scored at once, a multiple of 64.
         stages: tiles in flight from memory to each worker.
         workers: thread blocks, which share all tiles equally; all must run at once.
+        whole: tiles that a worker takes at least where no row has more, for a merge would take longer.
     """
 
     tile: int = 64
     stages: int = 4
     workers: int = 132
+    whole: int = 1
 
     def most(self, kv_heads: int) -> int:
         """Partial results a row has at most: a row holds a `kv_heads`-th of all tiles or less."""
@@ -51,7 +50,7 @@ class Plan:
         asks: the position of each query of a K/V head, over and over.
         arrived: of each row, how many workers have left a partial result that is not yet merged. The kernel counts up
             and back to zero, which saves filling it with zeros (1 µs) at each call; so no two calls with one plan
-            may run at the same time, as a model's layers never do.
+            may run at the same time, as a model's layers never do, nor independent kernels of one XLA program.
     """
 
     __no_type_check__ = True  # read by jaxtyping's import hook in the tests: inside JAX leaves may be placeholders
@@ -83,7 +82,7 @@ def plan(
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     tiles = jnp.zeros((batch, count), jnp.int32).at[rows, order].set(number, mode="drop")
     counts = seen.sum(1, dtype=jnp.int32)
-    begin, end, edges = _edges(counts, kv_heads, tiling.workers)
+    begin, end, edges = _edges(counts, kv_heads, tiling)
     tiles = jnp.take_along_axis(jnp.repeat(tiles, kv_heads, 0), _turns(begin, end, jnp.maximum(edges[1], 1), count), 1)
     low, high = edges[:-1], edges[1:]
     first = (end[None] <= low[:, None]).sum(1, dtype=jnp.int32)
@@ -96,12 +95,13 @@ def plan(
     start = tiles[entry[:, None], ahead]
     pieces = jnp.concatenate([jnp.stack([first, stop, enter, high - begin[last], sharing], axis=1), start], axis=1)
     asks = jnp.tile(positions.astype(jnp.int32), (1, -(-ROWS // positions.shape[1])))[:, :ROWS]
-    return Plan(slots, tiles, counts, pieces, asks, jnp.zeros(batch * kv_heads, jnp.int32))
+    none = (jnp.repeat(counts, kv_heads) < 0).astype(jnp.int32)  # plain zeros would be a constant of the program
+    return Plan(slots, tiles, counts, pieces, asks, none)
 
 
 def partials(work: Plan, kv_heads: int, tiling: Tiling) -> Int[Array, "rows parts"]:
     """Numbers of each row's partial results, -1 for none."""
-    begin, end, edges = _edges(work.counts, kv_heads, tiling.workers)
+    begin, end, edges = _edges(work.counts, kv_heads, tiling)
     ahead = (edges[None, 1:] <= begin[:, None]).sum(1, dtype=jnp.int32)
     worker = ahead[:, None] + jnp.arange(tiling.most(kv_heads), dtype=jnp.int32)[None]
     near = jnp.minimum(worker, tiling.workers - 1)
@@ -110,12 +110,13 @@ def partials(work: Plan, kv_heads: int, tiling: Tiling) -> Int[Array, "rows part
     return jnp.where(shared & (worker < tiling.workers), worker + row, -1)
 
 
-def _edges(counts: Int[Array, "batch"], kv_heads: int, workers: int):
+def _edges(counts: Int[Array, "batch"], kv_heads: int, tiling: Tiling):
     """Where each row begins and ends, and where workers' pieces meet; surplus workers come last and get nothing."""
     each = jnp.repeat(counts, kv_heads, total_repeat_length=counts.size * kv_heads)
     end = jnp.cumsum(each, dtype=jnp.int32)
-    piece = jnp.maximum(-(-end[-1] // workers), 1)
-    return end - each, end, jnp.minimum(jnp.arange(workers + 1, dtype=jnp.int32) * piece, end[-1])
+    least = jnp.where(counts.max() <= tiling.whole, tiling.whole, 1)
+    piece = jnp.maximum(-(-end[-1] // tiling.workers), least)
+    return end - each, end, jnp.minimum(jnp.arange(tiling.workers + 1, dtype=jnp.int32) * piece, end[-1])
 
 
 def _turns(begin: Int[Array, "rows"], end: Int[Array, "rows"], piece: Int[Array, ""], count: int):

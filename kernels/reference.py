@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.products import mix, scores
+from kernels.slots import placed
 
 TILE = 128
 """Queries scored at once, so that their logits stay in a core's cache."""
@@ -24,6 +25,12 @@ BLOCK = 512
 
 FEW = TILE * 4 * BLOCK
 """Pairs of a query and a slot up to which all slots are scored at once."""
+
+ROWS = 64
+"""Queries that one matrix instruction of a Hopper GPU takes: up to as many there are few."""
+
+BACKENDS = ("mosaic", "xla")
+"""`mosaic` is Pallas for Hopper GPUs, `xla` the reference as XLA compiles it."""
 
 Partial = tuple[Float[Array, "batch width heads head_dim"], Float[Array, "batch width heads"]]
 
@@ -37,12 +44,14 @@ class Mask:
         window: a query sees this many positions, its own included; None sees all before it.
         sinks: positions below it are seen whatever the window.
         softcap: logits become `softcap * tanh(logits / softcap)`.
+        backend: what runs it, as `kernels.attention` says; the reference does not ask.
     """
 
     scale: float
     window: int | None = None
     sinks: int = 0
     softcap: float | None = None
+    backend: str | None = None
 
 
 def visible(
@@ -93,6 +102,34 @@ def attend(
         return tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k, v))
 
     return attend_blocks(q, slots, load, size, positions, mask)
+
+
+def append(
+    q: Float[Array, "batch 1 heads head_dim"],
+    new_k: Float[Array, "rows 1 head_dim"],
+    new_v: Float[Array, "rows 1 head_dim"],
+    k: Float[Array, "rows slots head_dim"],
+    v: Float[Array, "rows slots head_dim"],
+    positions: Int[Array, "batch 1"],
+    slots: Int[Array, "batch slots"],
+    to: Int[Array, "batch"],
+    mask: Mask,
+) -> tuple[
+    Float[Array, "batch 1 heads head_dim"],
+    Float[Array, "batch 1 heads"],
+    Float[Array, "rows slots head_dim"],
+    Float[Array, "rows slots head_dim"],
+]:
+    """Write a token of each row into a slot, and attend its queries to all slots.
+
+    Args:
+        slots: the position that each slot holds before, -1 where it is empty.
+        to: the slot that the new token is written to, -1 for none, as for one past the last.
+    Returns:
+        `attend`'s results, keys and values.
+    """
+    k, v = placed(k, new_k, to), placed(v, new_v, to)
+    return *attend(q, k, v, positions, placed(slots, positions, to), mask), k, v
 
 
 def attend_blocks(

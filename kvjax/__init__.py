@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvjax import batch, cache, decode, draft, grammar
     from kvjax.batch import serve
     from kvjax.cache import Cache, fork, nbytes
-    from kvjax.config import ModelConfig, Precision, Rope
+    from kvjax.config import Acceleration, ModelConfig, Precision, Rope
     from kvjax.decode import (
         Output,
         Sampling,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "kvjax.batch": ("serve",),
     "kvjax.cache": ("Cache", "fork", "nbytes"),
-    "kvjax.config": ("ModelConfig", "Precision", "Rope"),
+    "kvjax.config": ("Acceleration", "ModelConfig", "Precision", "Rope"),
     "kvjax.decode": (
         "Output",
         "Sampling",
@@ -63,6 +63,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = ("batch", "cache", "decode", "draft", "grammar")
 
 __all__ = [
+    "Acceleration",
     "Cache",
     "ModelConfig",
     "Output",

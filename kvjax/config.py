@@ -113,6 +113,21 @@ class Precision:
                 )
 
 
+@dataclass(frozen=True)
+class Acceleration:
+    """Which kernels a model's programs run.
+
+    Args:
+        attention: `"xla"`, or None: ours where device and shape suit them.
+    """
+
+    attention: str | None = None
+
+    def __post_init__(self):
+        if self.attention not in (None, "xla"):
+            raise ValueError(f"Acceleration: `attention` must be 'xla' or None, got {self.attention!r}")
+
+
 def differing(config: ModelConfig, other: ModelConfig | Mapping[str, Any]) -> str | None:
     """What another config, or one that was written as JSON, does not share, in words; None where they are the same."""
     pair = (config, other)

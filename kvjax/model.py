@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax.cache.attention import Mask, attend, by_head
 from kvjax.cache.base import Attends, Cache
 from kvjax.compact import Compact
-from kvjax.config import ModelConfig, Precision
+from kvjax.config import Acceleration, ModelConfig, Precision
 from kvjax.product import product
 from kvjax.rope import rotate
 
@@ -82,6 +82,7 @@ class Block(nn.Module):
     config: ModelConfig
     precision: Precision
     window: int | None
+    accelerate: Acceleration = Acceleration()
 
     @nn.compact
     def __call__(
@@ -113,7 +114,7 @@ class Block(nn.Module):
         if c.rope is not None:
             q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
-        mask = Mask(scale, self.window, softcap=c.attention_softcap)
+        mask = Mask(scale, self.window, softcap=c.attention_softcap, backend=self.accelerate.attention)
         if layer is None:
             slots = jnp.where(valid, positions, -1)
             out, _ = attend(q, by_head(k), by_head(v), positions, slots, mask)
@@ -145,6 +146,7 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     precision: Precision = Precision()
+    accelerate: Acceleration = Acceleration()
 
     @nn.compact
     def __call__(
@@ -191,7 +193,7 @@ class Transformer(nn.Module):
             at = positions if places is None else places.gathered(positions)
             x = x + jnp.take(table, at, axis=0, mode="clip").astype(p.compute)
 
-        blocks = [Block(c, p, window, parent=None) for window in c.windows]
+        blocks = [Block(c, p, window, self.accelerate, parent=None) for window in c.windows]
         params = self.get_variable("params", "layers")  # `self.param` would trace every layer's initializer again
         if params is None:
             params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)

@@ -6,6 +6,7 @@ import sys
 import kvjax
 
 NAMES = [
+    "Acceleration",
     "Cache",
     "ModelConfig",
     "Output",

@@ -1,16 +1,19 @@
-"""The one place where kvjax calls `kernels`: caches and the model get their attention here."""
+"""The one place where kvjax's arrays meet `kernels`: caches and the model get their attention here."""
 
 from __future__ import annotations
 
 from jaxtyping import Array, Float
 
+from kernels.attention import append, attend
 from kernels.products import mix as full_mix
 from kernels.products import scores as full_scores
 from kernels.received import received
-from kernels.reference import Mask, attend, attend_blocks, finish, merge, weigh
+from kernels.reference import Mask, attend_blocks, finish, merge, weigh
+from kernels.slots import placed, write
 
 __all__ = [
     "Mask",
+    "append",
     "attend",
     "attend_blocks",
     "by_head",
@@ -18,10 +21,12 @@ __all__ = [
     "full_mix",
     "full_scores",
     "merge",
+    "placed",
     "queries_by_head",
     "queries_together",
     "received",
     "weigh",
+    "write",
 ]
 
 

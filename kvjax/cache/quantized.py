@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from kvjax.cache.base import LayerSpec, Strategy, check_dtype, is_whole
-from kvjax.cache.dense import Dense, DenseLayer
+from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype, is_whole
+from kvjax.cache.dense import Dense, DenseLayer, one_length
 from kvjax.cache.packing import PLANES, UNIT
 from kvjax.cache.quantize import FORMS, Codec
 from kvjax.cache.quantized_layer import QuantizedLayer
@@ -98,6 +98,10 @@ class Quantized(Strategy):
                 f"Quantized: `{name}` must have one entry for each of {spec.layers} layers, got {len(bits)}"
             )
         return bits[spec.index]
+
+    def open(self, cache: Cache, lengths):
+        cache, full = super().open(cache, lengths)
+        return one_length(cache), full
 
     def layer(self, spec: LayerSpec) -> QuantizedLayer | DenseLayer:
         dim, slots = spec.head_dim, self.sinks + self.residual + self.group

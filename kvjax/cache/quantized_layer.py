@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from kvjax.cache.ahead import InOrder
-from kvjax.cache.attention import Mask, attend, attend_blocks, by_head, merge
+from kvjax.cache.attention import Mask, attend, attend_blocks, by_head, merge, write
 from kvjax.cache.feed import feed
 from kvjax.cache.folded import attend_folded
 from kvjax.cache.quantize import Codec
-from kvjax.cache.slots import take_rows, write
+from kvjax.cache.slots import take_rows
 from kvjax.pytree import pytree, static
 
 BLOCK = 256

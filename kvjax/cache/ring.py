@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.ahead import InOrder
-from kvjax.cache.attention import Mask, attend, by_head, merge
-from kvjax.cache.base import LayerSpec, Strategy, check_dtype
-from kvjax.cache.dense import Dense, DenseLayer
+from kvjax.cache.attention import Mask, append, attend, by_head, merge, placed
+from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
+from kvjax.cache.dense import Dense, DenseLayer, one_length
 from kvjax.cache.feed import feed
-from kvjax.cache.slots import take_rows, write
+from kvjax.cache.slots import take_rows
 from kvjax.pytree import pytree, static
 
 
@@ -41,8 +41,7 @@ class RingLayer(InOrder):
     def attend(self, q, k, v, positions, valid, mask: Mask):
         k, v = by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
         if q.shape[1] == 1:  # the slot that is overwritten has just left the window
-            layer = self._append_one(k, v, positions, valid)
-            return *layer.look(q, positions, mask), layer
+            return self._attend_one(q, k, v, positions, valid, mask)
         fresh = attend(q, k, v, positions, jnp.where(valid, positions, -1), self._narrowed(mask))
         return *merge(self.look(q, positions, mask), fresh), self._append(k, v, positions, valid)
 
@@ -79,15 +78,12 @@ class RingLayer(InOrder):
                 layer = feed(layer, k, v, jnp.where(part, positions, -1), most, mask)
         return layer
 
-    def _append_one(self, k, v, positions, valid) -> RingLayer:
+    def _attend_one(self, q, k, v, positions, valid, mask: Mask):
         at = positions[:, 0]
         slot = jnp.where(at < self.sinks, at, self.sinks + (at - self.sinks) % self.window)
-        return replace(
-            self,
-            k=write(self.k, k, slot, valid),
-            v=write(self.v, v, slot, valid),
-            positions=write(self.positions, positions, slot, valid),
-        )
+        to = jnp.where(valid[:, 0], slot, -1)
+        out, lse, k, v = append(q, k, v, self.k, self.v, positions, self.positions, to, self._narrowed(mask))
+        return out, lse, replace(self, k=k, v=v, positions=placed(self.positions, positions, to))
 
     def _append(self, k, v, positions, valid: Bool[Array, "batch width"]) -> RingLayer:
         """Give each slot the newest of the chunk's tokens that falls to it, if one does."""
@@ -125,6 +121,10 @@ class Ring(Strategy):
         if self.sinks < 0:
             raise ValueError(f"Ring: `sinks` must not be negative, got {self.sinks}")
         check_dtype(self, self.dtype)
+
+    def open(self, cache: Cache, lengths):
+        cache, full = super().open(cache, lengths)
+        return one_length(cache), full
 
     def layer(self, spec: LayerSpec) -> RingLayer | DenseLayer:
         window = spec.window if self.window is None else self.window

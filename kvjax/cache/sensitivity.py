@@ -164,9 +164,10 @@ def _start(model, params, context, rest) -> tuple[Cache, Float[Array, "batch res
 @partial(jax.jit, static_argnames="count")
 def _coarse(empty: QuantizedLayer, full: DenseLayer, count: int) -> tuple[Array, Array]:
     """The buffers of `full` with what is left of its first `count` tokens in a layer that coded them."""
-    batch, slots = full.positions.shape
-    layer = empty.take(full.k[:, :count], full.v[:, :count], full.positions[:, :count], Mask(1.0), full)
-    held = layer.held(jnp.full(batch, count))
+    batch, slots = full.length.shape[0], full.limit
+    length = jnp.full(batch, count)
+    layer = empty.take(full.k[:, :count], full.v[:, :count], full.held(length)[:, :count], Mask(1.0), full)
+    held = layer.held(length)
     to = jnp.where(held < 0, slots, held)
 
     def put(x: Float[Array, "rows slots dim"], new: Float[Array, "rows held dim"]) -> Float[Array, "rows slots dim"]:

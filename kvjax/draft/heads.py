@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.cache.base import Attends, Cache
 from kvjax.cache.dense import Dense
-from kvjax.config import ModelConfig, Precision
+from kvjax.config import Acceleration, ModelConfig, Precision
 from kvjax.draft.base import View, check_most
 from kvjax.draft.turns import Ids, InTurn, check_ids, check_target, head_rows, reduced
 from kvjax.model import Block, Linear, Norm, Params, Transformer
@@ -27,6 +27,7 @@ class HeadLayer(nn.Module):
 
     config: ModelConfig
     precision: Precision
+    accelerate: Acceleration = Acceleration()
 
     @nn.compact
     def __call__(
@@ -40,7 +41,7 @@ class HeadLayer(nn.Module):
         c, p = self.config, self.precision
         both = jnp.concatenate([Norm(c, name="hidden_norm")(hidden), Norm(c, name="embed_norm")(embedded)], axis=-1)
         x = Linear(c.hidden, False, p, name="fuse")(both)
-        x, layer = Block(c, p, None, name="block")(x, positions, valid, layer)
+        x, layer = Block(c, p, None, self.accelerate, name="block")(x, positions, valid, layer)
         return Norm(c, name="norm")(x), layer
 
 
@@ -77,6 +78,7 @@ class Heads(InTurn):
     embed: Float[Array, "vocab hidden"]
     trained: dict[str, Any]
     k: int = static(default=4)
+    accelerate: Acceleration = static(default=Acceleration())
 
     def __post_init__(self):
         check_most(self, self.k)
@@ -89,14 +91,14 @@ class Heads(InTurn):
             ValueError: if `trained` is of another vocabulary.
         """
         check_ids("Heads", trained["ids"], model.config.vocab)
-        return cls(model.config, model.precision, params["embed"], trained, k)
+        return cls(model.config, model.precision, params["embed"], trained, k, model.accelerate)
 
     @staticmethod
     def fresh(model: Transformer, params: Params, ids: Ids, key: Key[Array, ""]) -> dict[str, Any]:
         """What is trained, before training: a random layer, and the target's own head, of `ids` only."""
         check_ids("Heads", ids, model.config.vocab)
         x, at = jnp.zeros((1, 1, model.config.hidden), model.precision.compute), jnp.zeros((1, 1), jnp.int32)
-        layer = head_layer(model.config, model.precision).init(key, x, x, at, at == 0, None)["params"]
+        layer = head_layer(model.config, model.precision, model.accelerate).init(key, x, x, at, at == 0, None)["params"]
         return {"layer": layer, "head": head_rows(params, model.config, ids), "ids": jnp.asarray(ids)}
 
     @property
@@ -111,7 +113,7 @@ class Heads(InTurn):
         check_target("Heads", self.target, target)
 
     def init(self, batch: int, size: int) -> HeadsState:
-        layer, nothing = head_layer(self.target, self.precision), jnp.zeros(batch, jnp.int32)
+        layer, nothing = head_layer(self.target, self.precision, self.accelerate), jnp.zeros(batch, jnp.int32)
         cache = Dense().init(Transformer(layer.config, self.precision), batch=batch, capacity=size + self.k)
         hidden = jnp.zeros((batch, size, self.target.hidden), self.precision.compute)
         return HeadsState(cache, hidden, nothing - 1, nothing, hidden[:, 0])
@@ -153,7 +155,7 @@ class Heads(InTurn):
         offset = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions, valid = cache.length[:, None] + offset, offset < count[:, None]
         embedded = embed(self.embed, tokens, self.target, self.precision)
-        out = head_layer(self.target, self.precision).apply(
+        out = head_layer(self.target, self.precision, self.accelerate).apply(
             {"params": self.trained["layer"]}, hidden, embedded, positions, valid, cache.layers[0]
         )
         new, layer = cast("tuple[Array, Attends]", out)
@@ -163,9 +165,9 @@ class Heads(InTurn):
         return logits, replace(own, cache=cache.closed((layer,), count), last=new)
 
 
-def head_layer(config: ModelConfig, precision: Precision) -> HeadLayer:
+def head_layer(config: ModelConfig, precision: Precision, accelerate: Acceleration) -> HeadLayer:
     """The layer of a target's sizes; it sees all that came before, however far."""
-    return HeadLayer(replace(config, windows=(None,), max_positions=2**30), precision)
+    return HeadLayer(replace(config, windows=(None,), max_positions=2**30), precision, accelerate)
 
 
 def embed(

@@ -43,6 +43,13 @@ OPTIONAL = {
 }
 """Distributions that some part needs, and the line that brings them."""
 
+RUN_BY = {
+    "mosaic": "our kernels for Hopper GPUs, where a few queries meet many slots; XLA elsewhere",
+    "xla": "XLA (our kernels need an H100 or H200)",
+    None: "unknown",
+}
+"""What runs attention, for a person."""
+
 
 def run(as_json: bool) -> int:
     """Print the examination; 0 if the main job can run, 1 otherwise."""
@@ -58,7 +65,7 @@ def examine() -> dict:
     devices, trouble = _devices() if "jax" not in missing and "jaxlib" not in missing else ([], None)
     if trouble:
         missing["a device"] = f"JAX cannot start: {trouble}"
-    kernels = _kernels()
+    kernels = _kernels(started=bool(devices))
     if kernels["shadowed_by"]:
         missing["kernels"] = (
             f"{kernels['shadowed_by']} hides kvjax's own module `kernels`: "
@@ -98,6 +105,7 @@ def as_text(found: dict) -> str:
         f"  {'compiled programs':<18}{compiled['path'] or 'in memory only'}"
         + ("" if compiled["writable"] or not compiled["path"] else " (not writable: every start compiles)"),
         f"  {'kernels':<18}{kernels['version'] or 'missing'} at {kernels['path']}",
+        f"  {'attention':<18}{RUN_BY[kernels['attention']]}",
     ]
     lines += [f"missing: {name}. {line}" for name, line in found["missing"].items()]
     lines += [f"for more: {line}" for line in dict.fromkeys(found["installs"].values())]
@@ -153,8 +161,8 @@ def _compile_cache() -> dict:
     return {"path": str(path), "writable": writable(path)}
 
 
-def _kernels() -> dict:
-    """Which module `kernels` this Python imports; ours says so in its docstring and has a `reference`."""
+def _kernels(started: bool) -> dict:
+    """Which module `kernels` this Python imports; ours has a `reference`, and says what runs attention."""
     try:
         import kernels
 
@@ -162,11 +170,17 @@ def _kernels() -> dict:
         # not `find_spec("kernels.reference")`: an editable install's finder answers for a package that is shadowed
         ours = Path(path).with_name("reference.py").exists()
     except ImportError as error:
-        return {"path": None, "version": None, "shadowed_by": None, "error": str(error)}
+        return {"path": None, "version": None, "shadowed_by": None, "attention": None, "error": str(error)}
     other = version("kernels")
+    attention = None
+    if ours and started:
+        from kernels.attention import hopper
+
+        attention = "mosaic" if hopper() else "xla"
     return {
         "path": path,
         "version": named,
         "shadowed_by": None if ours else path,
+        "attention": attention,
         "other_distribution": None if other is None else f"kernels {other}",
     }

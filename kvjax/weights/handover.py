@@ -135,7 +135,7 @@ def _filled(layer: Any, k, v, length: Int[Array, "batch"], *, spec: LayerSpec):
     """An empty open layer that takes in the first `length` positions."""
     nth = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), (spec.batch, k.shape[1]))
     positions = jnp.where(nth < length[:, None], nth, -1)
-    old = replace(Dense().layer(spec), k=k, v=v, positions=positions)
+    old = replace(Dense().layer(spec), k=k, v=v, length=length)
     return layer.take(k, v, positions, Mask(1.0, window=spec.window), old)
 
 

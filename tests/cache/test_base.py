@@ -34,7 +34,7 @@ def test_bytes_are_exact_and_known_before(strategy):
 def test_dense_bytes_by_hand():
     model, _ = tiny()  # 2 layers, 2 K/V heads of 8
     cache = Dense("bfloat16").init(model, batch=3, capacity=10)
-    assert kvjax.nbytes(cache) == 2 * (3 * 10 * (2 * 2 * 8 * 2 + 4)) + 3 * 4
+    assert kvjax.nbytes(cache) == 2 * (3 * 10 * 2 * 2 * 8 * 2 + 3 * 4) + 3 * 4
 
 
 def test_a_ring_frees_bytes():

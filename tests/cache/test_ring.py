@@ -53,7 +53,7 @@ def test_rows_grow_past_the_capacity():
 def test_each_layer_keeps_its_models_own_window():
     model, _ = tiny("gemma2")  # windows 6 and None
     cache = Ring().init(model, batch=1, capacity=50)
-    assert [layer.positions.shape[1] for layer in cache.layers] == [6, 50]
+    assert [layer.k.shape[1] for layer in cache.layers] == [6, 50]
     assert cache.capacity == 50
 
 

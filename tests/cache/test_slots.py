@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache.slots import _scattered, _windows, take_rows
+from kernels.slots import _scattered, _windows
+from kvjax.cache.slots import take_rows
 
 
 @pytest.mark.parametrize("write", [_windows, _scattered], ids=["cpu", "gpu"])

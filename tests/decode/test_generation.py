@@ -98,7 +98,7 @@ def test_rows_end_at_different_steps_and_then_change_nothing():
         assert (out.tokens[row, length:] == -1).all()
         assert (out.logprobs[row, length:] == 0).all()
     assert out.cache.length.tolist() == [5 + n - 1 for n in out.lengths.tolist()]
-    held = np.asarray(out.cache.layers[0].positions)
+    held = np.asarray(out.cache.layers[0].held(out.cache.length + 9))
     assert (held >= 0).sum(1).tolist() == out.cache.length.tolist()
 
 

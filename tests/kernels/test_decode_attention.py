@@ -7,9 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels.decode_attention import decode_attention, fitting
-from kernels.decode_plan import ROWS, Tiling, partials, plan
-from kernels.reference import Mask, attend
+from kernels.decode_attention import decode_append, decode_attention, fitting
+from kernels.decode_plan import Tiling, partials, plan
+from kernels.reference import ROWS, Mask, append, attend
+from kernels.slots import write
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11, 2), reason="the interpreter of Mosaic GPU kernels came with JAX 0.11"
@@ -22,10 +23,12 @@ on_hopper = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an 
     lengths=st.lists(st.integers(0, 300), min_size=3, max_size=3),
     kv_heads=st.sampled_from([1, 3]),
     workers=st.sampled_from([2, 5, 132]),  # few shapes: each one is compiled
+    whole=st.sampled_from([1, 2]),
 )
-@example(lengths=[1, 0, 65], kv_heads=1, workers=2)
-def test_a_plan_gives_each_visible_tile_to_one_worker(lengths, kv_heads, workers):
-    slots, tiling = 320, Tiling(64, 2, workers)
+@example(lengths=[1, 0, 65], kv_heads=1, workers=2, whole=1)
+@example(lengths=[65, 128, 3], kv_heads=3, workers=132, whole=2)
+def test_a_plan_gives_each_visible_tile_to_one_worker(lengths, kv_heads, workers, whole):
+    slots, tiling = 320, Tiling(64, 2, workers, whole)
     held = np.arange(slots)[None]
     filled = np.where(held < np.asarray(lengths)[:, None], held, -1)
     work = jax.jit(plan, static_argnums=(2, 3, 4))(
@@ -125,3 +128,57 @@ def test_the_kernel_is_the_reference(lengths, mask):
 @pytest.mark.parametrize("width", [1, 4, 16])
 def test_the_kernel_on_a_gpu(width, dim):
     compare([2048, 1100, 0, 65], width, 16, 4, 2048, dim, Mask(0.1, window=1500, sinks=4), None)
+    compare([2048, 1100, 0, 65] * 20, width, 9, 3, 2048, dim, Mask(0.1), None)  # more rows than workers
+
+
+def compare_append(lengths, to, heads, kv_heads, slots, dim, mask, tiling, interpret=None):
+    """`decode_append` against the reference in float32: what it gives, and what it leaves in K and V."""
+    keys = jax.random.split(jax.random.key(slots + dim), 5)
+    batch = len(lengths)
+    rows = batch * kv_heads
+    q = jax.random.normal(keys[0], (batch, 1, heads, dim), jnp.bfloat16)
+    k, v = (jax.random.normal(key, (rows, slots, dim), jnp.bfloat16) for key in keys[1:3])
+    new = [jax.random.normal(key, (rows, 1, dim), jnp.bfloat16) for key in keys[3:]]
+    lengths, to = jnp.asarray(lengths, jnp.int32), jnp.asarray(to, jnp.int32)
+    nth = jnp.arange(slots, dtype=jnp.int32)[None]
+    held = jnp.where((nth < lengths[:, None]) & (nth != to[:, None]), nth, -1)
+    at = lengths[:, None]
+    wide = [x.astype(jnp.float32) for x in (q, *new, k, v)]
+    with jax.default_matmul_precision("highest"):
+        want_out, want_lse, *_ = append(*wide, at, held, to, mask)
+    empty = jnp.repeat(held < 0, kv_heads, axis=0)[..., None]
+    k, v = (jnp.where(empty, jnp.asarray(jnp.nan, x.dtype), x) for x in (k, v))
+    want_k, want_v = (write(x, y, jnp.maximum(to, 0), (to >= 0)[:, None]) for x, y in zip((k, v), new, strict=True))
+    out, lse, k, v = jax.jit(
+        lambda *args: decode_append(*args, mask, tiling=tiling, interpret=interpret), donate_argnums=(3, 4)
+    )(q, *new, k, v, at, held, to)
+    np.testing.assert_array_equal(k.astype(jnp.float32), want_k.astype(jnp.float32))
+    np.testing.assert_array_equal(v.astype(jnp.float32), want_v.astype(jnp.float32))
+    assert jnp.linalg.norm(out.astype(jnp.float32) - want_out) < 1e-2 * jnp.linalg.norm(want_out)
+    np.testing.assert_array_equal(jnp.isfinite(lse), jnp.isfinite(want_lse))
+    np.testing.assert_allclose(lse, want_lse, atol=1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("lengths", "to", "mask"),
+    [
+        ([130, 0, 64], [130, 0, 3], Mask(0.1)),
+        ([150, 9, 5], [7, -1, 5], Mask(0.1, window=40, sinks=3, softcap=5.0)),
+    ],
+    ids=["an empty row, a slot taken again", "a row without a token"],
+)
+def test_appending_is_the_reference(lengths, to, mask):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    compare_append(lengths, to, 6, 2, 192, 64, mask, Tiling(64, 2, 3), plgpu.InterpretGPUParams())
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (32, 8), (4, 4), (12, 1)])
+def test_appending_on_a_gpu(heads, kv_heads, dim):
+    compare_append(
+        [2047, 1100, 0, 65], [2047, 4, 0, -1], heads, kv_heads, 2048, dim, Mask(0.1, window=1500, sinks=4), None
+    )

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from kvjax.cache.attention import Mask, attend, attend_blocks, merge
+from kvjax.cache.attention import Mask, attend, attend_blocks, merge, write
 from kvjax.cache.evict.knobs import ranked, vacant
 from kvjax.cache.evict.layer import ByHead, EvictingLayer, blend, placed
 from kvjax.cache.evict.scores import Attention
 from kvjax.cache.packing import pack, unpack
 from kvjax.cache.quantize import byte_scale, level, normal_codes, rotation
-from kvjax.cache.slots import write
 from kvjax.pytree import pytree, static
 
 BLOCK = 256

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.cache.ahead import one_by_one, picked
-from kvjax.cache.attention import Mask, attend, by_head, merge, queries_by_head, queries_together
+from kvjax.cache.attention import Mask, attend, by_head, merge, queries_by_head, queries_together, write
 from kvjax.cache.evict.knobs import Knobs, budgets, ranked, safe, vacant
 from kvjax.cache.evict.score import Score
 from kvjax.cache.evict.scores import SCORES, Attention
-from kvjax.cache.slots import take_rows, write
+from kvjax.cache.slots import take_rows
 from kvjax.pytree import pytree, static
 
 
@@ -248,7 +248,7 @@ def _weighed(q, layer: EvictingLayer, positions, lse, share, mask: Mask):
     room = ((0, 0),) * 2 + ((0, 1),)  # one more feature, of value 1, counts what is left of the probabilities
     values = jnp.pad(layer.v.astype(jnp.float32), room, constant_values=1.0) * share[..., None]
     wide = jnp.pad(q.astype(jnp.float32), ((0, 0), *room)), jnp.pad(layer.k.astype(jnp.float32), room)
-    mixed, _ = attend(*wide, values, positions, layer.positions, mask)
+    mixed, _ = attend(*wide, values, positions, layer.positions, replace(mask, backend="xla"))
     total = mixed[..., -1:]
     safe = jnp.where(total > 0, total, 1.0)
     return (mixed[..., :-1] / safe).astype(q.dtype), lse + jnp.log(safe)[..., 0]
