@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 def describe() -> dict[str, object]:
-    """Date, commit, versions and machine; a commit that cannot be told is None."""
+    """Date, commit, versions and machine; a commit that cannot be told is None. Other results make nothing dirty."""
     import jax
 
     device = jax.devices()[0]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": bool(_git("status", "--porcelain", "--", ":/", ":(top,exclude)experiments/results")),
         "python": platform.python_version(),
         "kvjax": metadata_version("kvjax"),
         "jax": metadata_version("jax"),
