@@ -143,9 +143,9 @@ def _exact(node: Any, root: Any, at: str, refs: tuple[str, ...]) -> Any:
     if not isinstance(kinds, list) or not kinds or not all(kind in KEYWORDS for kind in kinds):
         if "type" in rest:
             _refuse(at, f"`type` must be one or more of {', '.join(KEYWORDS)}", rest["type"])
-        _refuse(at, "has keywords that are not supported:", sorted(rest))
+        _refuse(at, "has keywords that are not supported", sorted(rest))
     if unknown := sorted(set(rest) - {"type"} - set().union(*(KEYWORDS[kind] for kind in kinds))):
-        _refuse(at, "has keywords that are not supported for its type:", unknown)
+        _refuse(at, "has keywords that are not supported for its type", unknown)
     for key in COUNTS & set(rest):
         if not isinstance(rest[key], int) or isinstance(rest[key], bool) or rest[key] < 0:
             _refuse(at, f"`{key}` must be a whole number of at least 0", rest[key])
