@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels.decode_kernel import run
-from kernels.decode_parts import EIGHT
+from kernels.decode_parts import EIGHT, other_dtypes
 from kernels.decode_plan import Plan, Tiling, plan
 from kernels.reference import ROWS, Mask, Partial
 
@@ -121,8 +121,8 @@ def refusal(
             f"{heads} heads of width {width} over {rows} rows of `k` in a batch of {batch} are {queries} queries a "
             f"K/V head; expected a whole number up to {ROWS}"
         )
-    if q.dtype != k.dtype or k.dtype != v.dtype or k.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"expected bfloat16 or float16 throughout, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if why := other_dtypes(q, k, v):
+        return why
     if dim % 32 or dim > 256 or held % EIGHT:
         return f"expected a `head_dim` that 32 divides, up to 256, and slots that {EIGHT} divides, got {dim} and {held}"
     return None

@@ -29,10 +29,22 @@ def masked(logits, held, asks, mask: Mask):
         logits *= mask.scale * LOG2E
     else:
         logits = jnp.tanh(logits * (mask.scale / mask.softcap)) * (mask.softcap * LOG2E)
-    seen = (held >= 0) & (held <= asks)
+    return jnp.where(seen(held, asks, mask), logits, -jnp.inf)
+
+
+def seen(held, asks, mask: Mask):
+    """Where a slot that holds `held` is seen from `asks`."""
+    there = (held >= 0) & (held <= asks)
     if mask.window is not None:
-        seen &= (held > asks - mask.window) | (held < mask.sinks)
-    return jnp.where(seen, logits, -jnp.inf)
+        there &= (held > asks - mask.window) | (held < mask.sinks)
+    return there
+
+
+def other_dtypes(q, k, v) -> str | None:
+    """Why kernels for 16-bit numbers do not take these; None if they do."""
+    if q.dtype == k.dtype == v.dtype and k.dtype in (jnp.bfloat16, jnp.float16):
+        return None
+    return f"expected bfloat16 or float16 throughout, got {q.dtype}, {k.dtype}, {v.dtype}"
 
 
 def clear(v_smem, slots_smem) -> None:

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kernels.decode_parts import EIGHT, LOG2E, clear, full
+from kernels.decode_parts import EIGHT, LOG2E, clear, full, other_dtypes, seen
 from kernels.reference import ROWS, Mask, Partial
 
 PAIR = 2 * ROWS
@@ -124,8 +124,8 @@ def refusal(
     rows, held, _ = k.shape
     if rows % batch or not rows or heads % (rows // batch):
         return f"{heads} heads over {rows} rows of `k` in a batch of {batch}; expected a whole number a K/V head"
-    if q.dtype != k.dtype or k.dtype != v.dtype or k.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"expected bfloat16 or float16 throughout, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if why := other_dtypes(q, k, v):
+        return why
     if dim not in (64, 128) or held % EIGHT:
         return f"expected a `head_dim` of 64 or 128 and slots that {EIGHT} divides, got {dim} and {held}"
     return None
@@ -134,7 +134,7 @@ def refusal(
 def _run(q, k, v, work: Tiles, mask: Mask, dim: int, blocks: Blocks, interpret: Any):
     """`out`, shaped as `q [batch, padded, heads * head_dim]`, and `lse [batch, heads, padded]`."""
     batch, width, channels = q.shape
-    heads, count, tile, stages = channels // dim, width // PAIR, blocks.tile, blocks.stages
+    heads, tall, tile, stages = channels // dim, width // PAIR, blocks.tile, blocks.stages
     group = heads * batch // k.shape[0]
     swizzle = plgpu.find_swizzle(dim * 16)
     laid = (plgpu.TilingTransform((EIGHT, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
@@ -145,15 +145,15 @@ def _run(q, k, v, work: Tiles, mask: Mask, dim: int, blocks: Blocks, interpret: 
     def body(q_ref, k_ref, v_ref, asks_ref, slots_ref, numbers_ref, whole_ref, counts_ref, out_ref, lse_ref, **scratch):
         index, role = lax.axis_index("block"), lax.axis_index("role")
         head, rest = lax.rem(index, heads), lax.div(index, heads)
-        b, block = lax.rem(rest, batch), count - 1 - lax.div(rest, batch)  # later ones see more: they begin first
+        b, block = lax.rem(rest, batch), tall - 1 - lax.div(rest, batch)  # later ones see more: they begin first
         row = b * (heads // group) + lax.div(head, group)
-        seen = counts_ref[b, block]
+        count = counts_ref[b, block]
 
         def read(k_smem, v_smem, slots_smem, k_full, v_full, k_free, v_free, **_):
             if not interpret:
                 plgpu.set_max_registers(40, action="decrease")
 
-            @pl.loop(0, seen)
+            @pl.loop(0, count)
             def _(i):
                 stage, number = lax.rem(i, stages), numbers_ref[b, block, i]
                 here = pl.ds(number * tile, tile)
@@ -163,7 +163,7 @@ def _run(q, k, v, work: Tiles, mask: Mask, dim: int, blocks: Blocks, interpret: 
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[stage]))
                 plgpu.copy_gmem_to_smem(v_ref.at[row, here], v_smem.at[stage], v_full.at[stage])
 
-            @pl.loop(jnp.maximum(seen - stages, 0), seen)
+            @pl.loop(jnp.maximum(count - stages, 0), count)
             def _(i):
                 plgpu.barrier_wait(k_free.at[lax.rem(i, stages)])
                 plgpu.barrier_wait(v_free.at[lax.rem(i, stages)])
@@ -204,10 +204,7 @@ def _run(q, k, v, work: Tiles, mask: Mask, dim: int, blocks: Blocks, interpret: 
                     held = plgpu.load(slots_smem.at[stage], layout=across, optimized=False)  # ty: ignore[missing-argument]
                     lowest = held.min()
                     held = lax.broadcast_in_dim(held, (ROWS, tile), [1])
-                    seen = (held >= 0) & (held <= asks)
-                    if mask.window is not None:
-                        seen &= (held > asks - mask.window) | (held < mask.sinks)
-                    logits = jnp.where(seen, logits, -jnp.inf)
+                    logits = jnp.where(seen(held, asks, mask), logits, -jnp.inf)
                 plgpu.barrier_arrive(k_free.at[stage])
                 top = jnp.maximum(peak, logits.max(axis=1) * unit)
                 base = jnp.where(top == -jnp.inf, 0.0, top)
@@ -237,7 +234,7 @@ def _run(q, k, v, work: Tiles, mask: Mask, dim: int, blocks: Blocks, interpret: 
             empty = full((ROWS, dim), 0.0, plgpu.Layout.WGMMA), full((ROWS,), -jnp.inf, down), full((ROWS,), 0.0, down)
             whole = whole_ref[b, block]
             state = lax.fori_loop(0, whole, lambda i, carry: step(i, carry, False), empty)
-            sums, peak, total = lax.fori_loop(whole, seen, lambda i, carry: step(i, carry, True), state)
+            sums, peak, total = lax.fori_loop(whole, count, lambda i, carry: step(i, carry, True), state)
             pl.when(role == 0)(hand_over)
             some = jnp.where(total > 0, total, 1.0)
             lse_smem[role] = jnp.where(total > 0, peak / LOG2E + jnp.log(some), -jnp.inf)
@@ -257,7 +254,7 @@ def _run(q, k, v, work: Tiles, mask: Mask, dim: int, blocks: Blocks, interpret: 
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, width), jnp.float32),
         ),
-        grid=(batch * heads * count,),
+        grid=(batch * heads * tall,),
         grid_names=("block",),
         num_threads=3,
         thread_name="role",

@@ -65,8 +65,18 @@ class DenseLayer(InOrder):
         return feed(self, k, v, positions, self.limit, mask)
 
 
+class WithDense(Strategy):
+    """Strategies that make layers of this kind, some or all."""
+
+    def open(self, cache: Cache, lengths):
+        """Dense layers get the cache's own length, so that what follows from it is worked out once for all of them."""
+        cache, full = super().open(cache, lengths)
+        layers = (replace(x, length=cache.length) if isinstance(x, DenseLayer) else x for x in cache.layers)
+        return replace(cache, layers=tuple(layers)), full
+
+
 @dataclass(frozen=True)
-class Dense(Strategy):
+class Dense(WithDense):
     """Every token's keys and values, unchanged; `dtype` overrides the model's cache dtype."""
 
     dtype: str | None = None
@@ -78,13 +88,3 @@ class Dense(Strategy):
         if self.dtype is not None:
             spec = replace(spec, dtype=self.dtype)
         return DenseLayer(spec.zeros(spec.capacity), spec.zeros(spec.capacity), jnp.zeros(spec.batch, jnp.int32))
-
-    def open(self, cache: Cache, lengths):
-        cache, full = super().open(cache, lengths)
-        return one_length(cache), full
-
-
-def one_length(cache: Cache) -> Cache:
-    """Dense layers with the cache's own length, so that what follows from it is worked out once for all of them."""
-    layers = (replace(x, length=cache.length) if isinstance(x, DenseLayer) else x for x in cache.layers)
-    return replace(cache, layers=tuple(layers))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype, is_whole
-from kvjax.cache.dense import Dense, DenseLayer, one_length
+from kvjax.cache.base import LayerSpec, check_dtype, is_whole
+from kvjax.cache.dense import Dense, DenseLayer, WithDense
 from kvjax.cache.packing import PLANES, UNIT
 from kvjax.cache.quantize import FORMS, Codec
 from kvjax.cache.quantized_layer import QuantizedLayer
@@ -20,7 +20,7 @@ share one lose half as much of SmolLM2's next-token distribution, in KL, as keys
 
 
 @dataclass(frozen=True)
-class Quantized(Strategy):
+class Quantized(WithDense):
     """Every token in `bits` a number, but a row's first `sinks` and its newest `residual` or a few more in full.
 
     The newest in full are at most `residual + group - 1`. The first draw attention whatever they say
@@ -98,10 +98,6 @@ class Quantized(Strategy):
                 f"Quantized: `{name}` must have one entry for each of {spec.layers} layers, got {len(bits)}"
             )
         return bits[spec.index]
-
-    def open(self, cache: Cache, lengths):
-        cache, full = super().open(cache, lengths)
-        return one_length(cache), full
 
     def layer(self, spec: LayerSpec) -> QuantizedLayer | DenseLayer:
         dim, slots = spec.head_dim, self.sinks + self.residual + self.group

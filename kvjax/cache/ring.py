@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.ahead import InOrder
 from kvjax.cache.attention import Mask, append, attend, by_head, merge, placed
-from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
-from kvjax.cache.dense import Dense, DenseLayer, one_length
+from kvjax.cache.base import LayerSpec, check_dtype
+from kvjax.cache.dense import Dense, DenseLayer, WithDense
 from kvjax.cache.feed import feed
 from kvjax.cache.slots import take_rows
 from kvjax.pytree import pytree, static
@@ -104,7 +104,7 @@ class RingLayer(InOrder):
 
 
 @dataclass(frozen=True)
-class Ring(Strategy):
+class Ring(WithDense):
     """The last `window` tokens and the first `sinks`; rows may grow without end.
 
     With `window=None` each layer keeps its model's own sliding window, and a layer without one keeps
@@ -121,10 +121,6 @@ class Ring(Strategy):
         if self.sinks < 0:
             raise ValueError(f"Ring: `sinks` must not be negative, got {self.sinks}")
         check_dtype(self, self.dtype)
-
-    def open(self, cache: Cache, lengths):
-        cache, full = super().open(cache, lengths)
-        return one_length(cache), full
 
     def layer(self, spec: LayerSpec) -> RingLayer | DenseLayer:
         window = spec.window if self.window is None else self.window

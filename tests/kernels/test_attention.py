@@ -13,13 +13,10 @@ from kernels import attention, reference
 from kernels.reference import Mask
 from kvjax import Acceleration, Precision
 from kvjax.cache import Dense, Quantized, Ring
+from tests.kernels.marks import interpreted
 from tests.tiny import tiny
 
 MASK = Mask(0.1, window=200)
-
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11, 2), reason="the interpreter of Mosaic GPU kernels came with JAX 0.11"
-)
 
 
 @pytest.fixture

@@ -11,11 +11,7 @@ from kernels.decode_attention import decode_append, decode_attention, fitting
 from kernels.decode_plan import Tiling, partials, plan
 from kernels.reference import ROWS, Mask, append, attend
 from kernels.slots import write
-
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11, 2), reason="the interpreter of Mosaic GPU kernels came with JAX 0.11"
-)
-on_hopper = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an H100 or H200")
+from tests.kernels.marks import interpreted, on_hopper
 
 
 @settings(max_examples=25, deadline=None)

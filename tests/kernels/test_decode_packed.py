@@ -11,11 +11,7 @@ from kernels.decode_packed import decode_packed
 from kernels.decode_plan import Tiling
 from kernels.packed import attend_packed, dequantize, pack_tokens, quantize, unpack_tokens
 from kernels.reference import Mask, attend
-
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11, 2), reason="the interpreter of Mosaic GPU kernels came with JAX 0.11"
-)
-on_hopper = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an H100 or H200")
+from tests.kernels.marks import interpreted, on_hopper
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 8), (4, 8), (4, 32), (2, 8), (2, 64)])

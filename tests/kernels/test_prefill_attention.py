@@ -9,11 +9,8 @@ from hypothesis import strategies as st
 
 from kernels.prefill_attention import PAIR, Blocks, prefill_attention, tiles
 from kernels.reference import Mask, attend, visible
+from tests.kernels.marks import interpreted, on_hopper
 
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11, 2), reason="the interpreter of Mosaic GPU kernels came with JAX 0.11"
-)
-on_hopper = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an H100 or H200")
 BLOCKS = Blocks(64, 2)
 
 
