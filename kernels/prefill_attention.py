@@ -109,6 +109,8 @@ def prefill_attention(
         raise ValueError(f"prefill_attention: {why}")
     batch, width, heads, dim = q.shape
     work = tiles(positions, slots, mask, blocks)
+    if short := -k.shape[1] % EIGHT:
+        k, v = (jnp.pad(x, ((0, 0), (0, short), (0, 0))) for x in (k, v))
     flat = jnp.pad(q.reshape(batch, width, heads * dim), ((0, 0), (0, -width % PAIR), (0, 0)))
     out, lse = _run(flat, k, v, work, mask, dim, blocks, interpret)
     return out[:, :width].reshape(q.shape), lse[:, :, :width].swapaxes(1, 2)
@@ -121,13 +123,13 @@ def refusal(
 ) -> str | None:
     """Why the kernel does not take these; None if it does."""
     batch, _, heads, dim = q.shape
-    rows, held, _ = k.shape
+    rows = k.shape[0]
     if rows % batch or not rows or heads % (rows // batch):
         return f"{heads} heads over {rows} rows of `k` in a batch of {batch}; expected a whole number a K/V head"
     if why := other_dtypes(q, k, v):
         return why
-    if dim not in (64, 128) or held % EIGHT:
-        return f"expected a `head_dim` of 64 or 128 and slots that {EIGHT} divides, got {dim} and {held}"
+    if dim not in (64, 128):
+        return f"expected a `head_dim` of 64 or 128, got {dim}"
     return None
 
 

@@ -44,7 +44,7 @@ OPTIONAL = {
 """Distributions that some part needs, and the line that brings them."""
 
 RUN_BY = {
-    "mosaic": "our kernels for Hopper GPUs, where a few queries meet many slots; XLA elsewhere",
+    "mosaic": "our kernels for Hopper GPUs, where many slots are seen; XLA elsewhere",
     "xla": "XLA (our kernels need an H100 or H200)",
     None: "unknown",
 }
@@ -174,7 +174,7 @@ def _kernels(started: bool) -> dict:
     other = version("kernels")
     attention = None
     if ours and started:
-        from kernels.attention import hopper
+        from kernels.dispatch import hopper
 
         attention = "mosaic" if hopper() else "xla"
     return {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kernels import attention, reference
+from kernels import attention, dispatch, reference
 from kernels.reference import Mask
 from kvjax import Acceleration, Precision
 from kvjax.cache import Dense, Quantized, Ring
@@ -22,8 +22,8 @@ MASK = Mask(0.1, window=200)
 @pytest.fixture
 def on_hopper(monkeypatch):
     """As if there were such a GPU: traced programs have the kernel for it, and the reference for other devices."""
-    monkeypatch.setattr(attention, "hopper", lambda: True)
-    monkeypatch.setattr(attention, "_told", set())
+    monkeypatch.setattr(dispatch, "hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "_told", set())
 
 
 def draw(dtype=jnp.bfloat16, dim=64, slots=256, width=1):
@@ -45,20 +45,22 @@ def same(got, want):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")
 def test_without_such_a_gpu_xla_runs_it():
-    assert not attention.hopper()
+    assert not dispatch.hopper()
     q, _, (k, v), *_ = draw()
     assert attention.backend_of(q, k, v) == "xla"
 
 
 @pytest.mark.usefixtures("on_hopper")
-def test_only_few_queries_of_many_slots_have_a_kernel():
+def test_many_slots_have_a_kernel_for_few_queries_and_one_for_many():
     q, _, (k, v), *_ = draw()
     assert attention.backend_of(q, k, v) == "mosaic"
     assert attention.backend_of(q, k, v, "xla") == "xla"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert attention.backend_of(q, k[:, :128], v[:, :128]) == "xla"
-        assert attention.backend_of(draw(width=32)[0], k, v) == "xla"
+        wide = draw(width=32)[0]
+        assert attention.backend_of(wide, k, v) == "mosaic"
+    assert [attention._suited(x, k)[1].__name__ for x in (q, wide)] == ["decode_attention", "prefill_attention"]
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -173,3 +175,14 @@ def test_a_program_for_the_gpu_writes_in_place():
     (call,) = [line for line in lowered.splitlines() if "custom_call @mosaic_gpu" in line]
     assert call.count("#stablehlo.output_operand_alias<") == 2
     assert "scatter" not in lowered.split("custom_call @mosaic_gpu")[1]
+
+
+@interpreted
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("backend", [None, "xla"])
+def test_a_prompt_is_seen_by_the_kernel_for_many_queries(backend):
+    q, _, (k, v), _, held, _ = draw(width=250, slots=300)
+    at = jnp.arange(250, dtype=jnp.int32)[None] + jnp.zeros((2, 1), jnp.int32)
+    step = jax.jit(lambda *args: attention.attend(*args, Mask(0.1, backend=backend)))
+    lowered = step.trace(q, k, v, at, held).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("custom_call @mosaic_gpu") == (backend is None)
