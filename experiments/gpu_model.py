@@ -258,7 +258,8 @@ def _plain(model, batch: int, capacity: int, context: int):
 
 ENGINES: dict[str, Callable] = {
     "kvjax": _kvjax({}),
-    "kvjax, XLA alone": _kvjax({"attention": "xla"}),
+    "kvjax, products by XLA": _kvjax({"layers": "xla"}),
+    "kvjax, XLA alone": _kvjax({"attention": "xla", "layers": "xla"}),
     "plain JAX": _plain,
 }
 """From a model, batch, capacity and context to a filled cache and a step."""

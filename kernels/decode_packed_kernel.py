@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -16,6 +15,7 @@ from kernels.decode_parts import LOG2E, await_all, masked, merge_all, signal
 from kernels.decode_plan import Plan, Tiling, partials
 from kernels.packed import Packed, unpack_tokens
 from kernels.reference import Mask
+from kernels.registers import private, unwrap, wrap
 
 BOX = 256
 """Most numbers that the copy engine takes along one axis."""
@@ -178,12 +178,12 @@ class _Lanes:
     def begin(self, q_ref, asks_ref):
         from kernels import decode_lanes
 
-        types = self._private(self.shape.fixed, jnp.int32), self._private(self.shape.state, jnp.float32)
+        types = private(self.shape.fixed, jnp.int32), private(self.shape.state, jnp.float32)
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=types)
         def begin(_, q, asks):
             fixed, state = decode_lanes.begin(self.shape, q, asks)
-            return _wrap(fixed, True), _wrap(state, None)
+            return wrap(fixed, True), wrap(state)
 
         return begin(q_ref, asks_ref)
 
@@ -191,27 +191,27 @@ class _Lanes:
         from kernels import decode_steps
 
         kinds = [plgpu.RefType(self.laid)] * 2 + [plgpu.RefType()] * (len(refs) - 2)
-        layouts = [x.layout for x in (self._private(self.shape.fixed, jnp.int32), self._private(self.shape.state))]
+        layouts = [x.layout for x in (private(self.shape.fixed, jnp.int32), private(self.shape.state))]
 
-        @plgpu.inline_mgpu(arg_types=(*kinds, *layouts), return_type=self._private(self.shape.state))
+        @plgpu.inline_mgpu(arg_types=(*kinds, *layouts), return_type=private(self.shape.state))
         def step(_, k, v, slots, *rest):
             *rest, fixed, state = rest
             offsets = rest[2:4] if self.offset else None
             regs = decode_steps.step(
-                self.shape, self.mask, k, v, slots, rest[:2], offsets, _unwrap(fixed), _unwrap(state)
+                self.shape, self.mask, k, v, slots, rest[:2], offsets, unwrap(fixed), unwrap(state)
             )
-            return _wrap(regs, None)
+            return wrap(regs)
 
         return step(*refs, fixed, state)
 
     def spill(self, state, sums, stats):
         from kernels import decode_steps
 
-        layout = self._private(self.shape.state).layout
+        layout = private(self.shape.state).layout
 
         @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), plgpu.RefType()))
         def spill(_, state, sums, stats):
-            decode_steps.spill(self.shape, _unwrap(state), sums, stats)
+            decode_steps.spill(self.shape, unwrap(state), sums, stats)
 
         spill(state, sums, stats)
 
@@ -253,32 +253,6 @@ class _Lanes:
             decode_steps.clear(self.shape, *refs)
 
         clear(*refs)
-
-    def _private(self, each: int, dtype=jnp.float32):
-        """An array of `each` numbers of every thread."""
-        layout = plgpu.Layout.WG_STRIDED((128 * each,), vec_size=1)
-        return plgpu.ShapeDtypeStruct((128 * each,), dtype, layout=layout)
-
-
-def _wrap(regs, signed):
-    from jax.experimental.mosaic import gpu as mgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    from kernels.decode_lanes import i32
-
-    type_ = ir.VectorType.get((1,), regs[0].type)
-    some = [llvm.insertelement(llvm.mlir_undef(type_), x, i32(0)) for x in regs]
-    layout = mgpu.WGStridedFragLayout((128 * len(regs),), vec_size=1)
-    return mgpu.FragmentedArray(_registers=np.asarray(some, dtype=object), _layout=layout, _is_signed=signed)
-
-
-def _unwrap(array):
-    from jaxlib.mlir.dialects import llvm
-
-    from kernels.decode_lanes import i32
-
-    return [llvm.extractelement(x, i32(0)) for x in array.registers.flat]
 
 
 class _Plain:

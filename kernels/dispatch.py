@@ -67,6 +67,14 @@ def hopper() -> bool:
     return all(device.compute_capability == "9.0" for device in devices)
 
 
+def cores() -> int:
+    """Multiprocessors of the smallest GPU at hand; of an H100 or H200 where there is none."""
+    try:
+        return min(device.core_count for device in jax.local_devices(backend="cuda"))
+    except RuntimeError:
+        return 132
+
+
 _told: set[str] = set()
 
 

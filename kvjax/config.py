@@ -119,13 +119,16 @@ class Acceleration:
 
     Args:
         attention: `"xla"`, or None: ours where device and shape suit them.
+        layers: the same of the products between two layers' attentions.
     """
 
     attention: str | None = None
+    layers: str | None = None
 
     def __post_init__(self):
-        if self.attention not in (None, "xla"):
-            raise ValueError(f"Acceleration: `attention` must be 'xla' or None, got {self.attention!r}")
+        for name in ("attention", "layers"):
+            if getattr(self, name) not in (None, "xla"):
+                raise ValueError(f"Acceleration: `{name}` must be 'xla' or None, got {getattr(self, name)!r}")
 
 
 def differing(config: ModelConfig, other: ModelConfig | Mapping[str, Any]) -> str | None:

@@ -13,128 +13,20 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from kvjax.cache.attention import Mask, attend, by_head
+from kvjax.block import Block, Norm
 from kvjax.cache.base import Attends, Cache
 from kvjax.compact import Compact
 from kvjax.config import Acceleration, ModelConfig, Precision
+from kvjax.fused import fused, fusible
 from kvjax.product import product
-from kvjax.rope import rotate
 
 Params = Any
 """A pytree of arrays as `init_params` lays it out."""
 
 HIDDEN = "hidden"
 """The Flax collection that holds what is between embedding and head, where a call makes it mutable."""
-
-_ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
-
-
-class Linear(nn.Module):
-    """`x @ kernel.T + bias`, in the compute dtype."""
-
-    features: int
-    bias: bool
-    precision: Precision
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch width inputs"]) -> Float[Array, "batch width outputs"]:
-        dtype = jnp.dtype(self.precision.compute)
-        shape = (self.features, x.shape[-1])
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.precision.params)
-        y = product(x.astype(dtype), kernel.astype(dtype))
-        if not self.bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.precision.params)
-        return y + bias.astype(dtype)[None, None]
-
-
-class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm, over the last axis, computed in float32."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        wide = x.astype(jnp.float32)
-        ones = (1,) * (x.ndim - 1)
-        if self.config.norm == "layer":
-            wide = wide - wide.mean(-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.norm_eps)
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        wide = wide * scale.reshape(*ones, -1)
-        if self.config.norm == "layer":
-            wide = wide + self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32).reshape(*ones, -1)
-        return wide.astype(x.dtype)
-
-
-class Block(nn.Module):
-    """Attention and MLP with their residuals; the layer's cache answers the attention.
-
-    With `places`, `x` has those tokens only, in one row, and attention is given rows again.
-    """
-
-    config: ModelConfig
-    precision: Precision
-    window: int | None
-    accelerate: Acceleration = Acceleration()
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "rows tokens hidden"],
-        positions: Int[Array, "batch width"],
-        valid: Bool[Array, "batch width"],
-        layer: Attends | None,
-        places: Compact | None = None,
-    ) -> tuple[Float[Array, "rows tokens hidden"], Attends | None]:
-        c = self.config
-        out, layer = self._attention(Norm(c, name="attention_norm")(x), positions, valid, layer, places)
-        x = x + (Norm(c, name="post_attention_norm")(out) if c.post_norms else out)
-        out = self._mlp(Norm(c, name="mlp_norm")(x))
-        return x + (Norm(c, name="post_mlp_norm")(out) if c.post_norms else out), layer
-
-    def _attention(self, x, positions, valid, layer, places):
-        c, (batch, width) = self.config, positions.shape
-        q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        qkv = Linear(q_size + 2 * kv_size, c.qkv_bias, self.precision, name="qkv")(x)
-        if places is not None:
-            qkv = places.spread(qkv)
-        q, k, v = jnp.split(qkv, (q_size, q_size + kv_size), axis=-1)
-        q = q.reshape(batch, width, c.heads, c.head_dim)
-        k = k.reshape(batch, width, c.kv_heads, c.head_dim)
-        v = v.reshape(batch, width, c.kv_heads, c.head_dim)
-        if c.qk_norm:
-            q, k = Norm(c, name="q_norm")(q), Norm(c, name="k_norm")(k)
-        if c.rope is not None:
-            q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
-        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
-        mask = Mask(scale, self.window, softcap=c.attention_softcap, backend=self.accelerate.attention)
-        if layer is None:
-            slots = jnp.where(valid, positions, -1)
-            out, _ = attend(q, by_head(k), by_head(v), positions, slots, mask)
-        else:
-            out, _, layer = layer.attend(q, k, v, positions, valid, mask)
-        out = out.reshape(batch, width, q_size)
-        if places is not None:
-            out = places.gathered(out)
-        return Linear(c.hidden, c.out_bias, self.precision, name="out")(out), layer
-
-    def _mlp(self, x):
-        c = self.config
-        act = _ACTIVATIONS[c.activation]
-        if c.gated:
-            gate_up = Linear(2 * c.intermediate, c.mlp_bias, self.precision, name="gate_up")(x)
-            gate, up = jnp.split(gate_up, 2, axis=-1)
-            inner = act(gate) * up
-        else:
-            inner = act(Linear(c.intermediate, c.mlp_bias, self.precision, name="up")(x))
-        return Linear(c.hidden, c.mlp_bias, self.precision, name="down")(inner)
 
 
 class Transformer(nn.Module):
@@ -194,21 +86,30 @@ class Transformer(nn.Module):
             x = x + jnp.take(table, at, axis=0, mode="clip").astype(p.compute)
 
         blocks = [Block(c, p, window, self.accelerate, parent=None) for window in c.windows]
-        params = self.get_variable("params", "layers")  # `self.param` would trace every layer's initializer again
-        if params is None:
-            params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)
         layers: list[Attends | None] = [None] * c.layers if cache is None else list(cache.layers)
-        for i, block in enumerate(blocks):
-            x, layers[i] = _apply_block(block, params[i], x, positions, valid, layers[i], places)
+        scored = None
+        if places is None and not self.is_initializing() and fusible(blocks, self.variables["params"], x):
+            states, scored, layers = fused(blocks, self.variables["params"], x, positions, valid, layers)
+        else:
+            params = self.get_variable("params", "layers")  # `self.param` would trace every layer's initializer again
+            if params is None:
+                params = self.param("layers", _init_layers, blocks, x.shape, x.dtype)
+            states = []
+            for i, block in enumerate(blocks):
+                x, layers[i] = _apply_block(block, params[i], x, positions, valid, layers[i], places)
+                states.append(x)
+        for i, x in enumerate(states):
             self.sow(HIDDEN, f"layer_{i}", x)
 
         if last:
             x = x if places is None else places.spread(x)
-            x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+            at = jnp.maximum(lengths - 1, 0)[:, None, None]
+            x = jnp.take_along_axis(x, at, axis=1)
+            scored = None if scored is None else jnp.take_along_axis(scored, at, axis=1)
         x = Norm(c, name="norm")(x)
         self.sow(HIDDEN, "final", x)
         head = embed if c.tied else self.param("head", nn.initializers.normal(0.02), embed.shape, p.params)
-        logits = product(x, head.astype(p.compute)).astype(p.logits)
+        logits = (product(x, head.astype(p.compute)) if scored is None else scored).astype(p.logits)
         if c.logit_softcap is not None:
             logits = jnp.tanh(logits / c.logit_softcap) * c.logit_softcap
         if last:

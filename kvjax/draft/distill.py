@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.block import Norm
 from kvjax.cache.attention import Mask
 from kvjax.config import ModelConfig
 from kvjax.draft.answers import Text, answers, frequent
 from kvjax.draft.heads import embed, head_layer
 from kvjax.draft.turns import capped, head_rows
-from kvjax.model import Norm, Params, Transformer
+from kvjax.model import Params, Transformer
 from kvjax.pytree import pytree
 
 try:

@@ -13,12 +13,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from kvjax.block import Block, Linear, Norm
 from kvjax.cache.base import Attends, Cache
 from kvjax.cache.dense import Dense
 from kvjax.config import Acceleration, ModelConfig, Precision
 from kvjax.draft.base import View, check_most
 from kvjax.draft.turns import Ids, InTurn, check_ids, check_target, head_rows, reduced
-from kvjax.model import Block, Linear, Norm, Params, Transformer
+from kvjax.model import Params, Transformer
 from kvjax.pytree import pytree, static
 
 

@@ -9,10 +9,11 @@ import pytest
 
 import kvjax
 from kvjax import Sampling
+from kvjax.block import Norm
 from kvjax.cache import Dense
 from kvjax.draft import Chain, EarlyExit, Heads, PromptLookup, distill, load_draft, save_draft, speculate
 from kvjax.draft.turns import reduced
-from kvjax.model import Norm, with_hidden
+from kvjax.model import with_hidden
 from tests.draft.test_drafts import view
 from tests.tiny import prompts, tiny
 

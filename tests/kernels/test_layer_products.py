@@ -1,0 +1,134 @@
+"""A layer's products as one kernel: in the interpreter, on a GPU, as an operation."""
+
+import warnings
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import dispatch, layer_products
+from kernels.layer_products import Weights, chunk, depth, refusal
+from tests.kernels.marks import interpreted, on_hopper
+
+EPS = 1e-5
+
+
+def draw(rows, hidden, attended, intermediate, outputs, dtype=jnp.bfloat16):
+    """What the attention gives, the residual stream, and weights."""
+    keys = list(jax.random.split(jax.random.key(rows + hidden), 8))
+
+    def normal(key, *shape):
+        return (jax.random.normal(key, shape) * shape[-1] ** -0.5).astype(dtype)
+
+    shapes = [(hidden, attended), (2 * intermediate, hidden), (hidden, intermediate), (outputs, hidden)]
+    out, gate_up, down, following = (normal(key, *shape) for key, shape in zip(keys, shapes, strict=False))
+    norms = [jax.random.uniform(key, (hidden,), jnp.float32, 0.5, 1.5) for key in keys[4:6]]
+    x, rest = (4 * normal(key, rows, size) for key, size in zip(keys[6:], (hidden, attended), strict=True))
+    return rest, x, Weights(out, norms[0], gate_up, down, norms[1], following)
+
+
+def compare(got, want, atol):
+    for x, y in zip(got, want, strict=True):
+        x, y = (z.astype(jnp.float32) for z in (x, y))
+        assert jnp.linalg.norm(x - y) < atol * jnp.linalg.norm(y)
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_kernel_is_the_reference(rows):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from kernels.layer_kernel import run
+
+    given = draw(rows, 128, 192, 320, 208)
+    want = layer_products.reference(*given, EPS)
+    assert all(jnp.abs(x).max() > 0.5 for x in want)
+    compare(run(*given, eps=EPS, workers=3, interpret=plgpu.InterpretGPUParams()), want, 1e-3)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("sizes", [(576, 576, 1536, 49152), (576, 576, 1536, 960), (2048, 1024, 5632, 3072)])
+def test_the_kernel_on_a_gpu(sizes, rows):
+    given = draw(rows, *sizes)
+    with jax.default_matmul_precision("highest"):
+        want = layer_products.reference(*given, EPS)
+    ours = jax.jit(lambda *args: layer_products.layer_products(*args, eps=EPS, backend="mosaic"))
+    for _ in range(20):  # workers wait for each other: what goes wrong may do so seldom
+        compare(ours(*given), want, 1e-2)
+
+
+def test_a_row_of_nan_is_its_own():
+    rest, x, weights = draw(2, 64, 64, 64, 64)
+    _, projected = layer_products.layer_products(rest, x.at[0].set(jnp.nan), weights, eps=EPS)
+    assert jnp.isnan(projected[0]).all() and jnp.isfinite(projected[1]).all()
+
+
+def test_stages_fit_beside_the_rows():
+    assert [chunk(size) for size in (4096, 576, 1536, 14336, 64)] == [1024, 576, 768, 1024, 64]
+    sizes = [4096, 4096, 14336, 4096]
+    assert [depth(sizes, rows) for rows in (1, 2, 4, 6, 7)] == [6, 5, 3, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda rest, x, w: (rest, x.astype(jnp.float32), w), "float32"),
+        (lambda rest, x, w: (rest, x, replace(w, down=w.down.astype(jnp.float16))), "float16"),
+        (lambda rest, x, w: (jnp.tile(rest, (9, 1)), jnp.tile(x, (9, 1)), w), "rows, got 9"),
+        (lambda rest, x, w: (rest, x, replace(w, following=w.following[:40])), "`following`.*40"),
+        (lambda rest, x, w: (rest[:, :32], x, replace(w, out=w.out[:, :32])), "`out`.*32"),
+    ],
+    ids=["dtype", "one dtype", "rows", "outputs", "inputs"],
+)
+def test_what_the_kernel_does_not_take_is_refused_by_name(change, why):
+    given = change(*draw(1, 64, 64, 64, 64))
+    with pytest.raises(ValueError, match=why):
+        layer_products.layer_products(*given, eps=EPS, backend="mosaic")
+
+
+def test_rows_too_wide_for_shared_memory_are_refused():
+    given = jax.eval_shape(lambda: draw(8, 4096, 4096, 14336, 6144))
+    assert "no room" in refusal(*given)
+    assert refusal(*jax.eval_shape(lambda: draw(4, 4096, 4096, 14336, 6144))) is None
+
+
+def test_a_backend_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"mosaic, xla or None, got 'cuda'"):
+        layer_products.layer_products(*draw(1, 64, 64, 64, 64), eps=EPS, backend="cuda")
+
+
+@interpreted
+def test_derivatives_and_vmap_are_those_of_the_reference(monkeypatch):
+    monkeypatch.setattr(dispatch, "hopper", lambda: True)
+    rest, x, weights = draw(2, 64, 128, 64, 64)
+
+    def loss(run):
+        return lambda *args: sum(y.astype(jnp.float32).sum() for y in run(*args))
+
+    def ours(*args):
+        return layer_products.layer_products(*args, eps=EPS)
+
+    def plain(*args):
+        return layer_products.reference(*args, EPS)
+
+    assert "mpmd_map" in str(jax.make_jaxpr(ours)(rest, x, weights))
+    got, want = (jax.jit(jax.grad(loss(f), (0, 1, 2)))(rest, x, weights) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=2e-2), got, want)
+    several = [jnp.stack([y, y + 1]) for y in (rest, x)]
+    compare(*(jax.vmap(f, (0, 0, None))(*several, weights) for f in (ours, plain)), 1e-3)
+
+
+def test_a_reason_is_given_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "_told", set())
+    given = draw(1, 64, 64, 64, 64, jnp.float32)
+    with pytest.warns(UserWarning, match="layer's products is left to XLA: expected bfloat16.*float32"):
+        got = layer_products.layer_products(*given, eps=EPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer_products.layer_products(*given, eps=EPS)
+    compare(got, layer_products.reference(*given, EPS), 1e-6)

@@ -1,0 +1,103 @@
+"""Models whose layers' products are one kernel each: the same numbers, the kernel where it can be, XLA elsewhere."""
+
+import warnings
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kernels import dispatch
+from kvjax import Acceleration, Precision, Transformer
+from kvjax.cache import Dense
+from kvjax.model import with_hidden
+from tests.tiny import tiny
+
+BFLOAT16 = Precision(*("bfloat16",) * 3)
+NEEDED = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels came with JAX 0.11.2")
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """As if there were such a GPU: traced programs have the kernel for it, and the same in plain JAX for others."""
+    monkeypatch.setattr(dispatch, "hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "_told", set())
+
+
+def build(layers=None, precision=BFLOAT16, **changed):
+    small, _ = tiny()
+    sizes = dict(vocab=128, hidden=64, intermediate=64, heads=4, kv_heads=2, head_dim=16)
+    model = Transformer(replace(small.config, **(sizes | changed)), precision, accelerate=Acceleration(layers=layers))
+    return model, kvjax.init_params(model, jax.random.key(0))
+
+
+def run(model, params, width):
+    """Logits of a prompt and of what follows, the hidden states of that, and the cache."""
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    cache = Dense().init(model, batch=2, capacity=32)
+    first, cache = kvjax.prefill(model, params, cache, tokens[:, :8], jnp.asarray([8, 5]))
+    return first, *jax.jit(with_hidden, static_argnums=0)(model, params, tokens[:, 8 : 8 + width], None, cache)
+
+
+@NEEDED
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"qkv_bias": True, "qk_norm": True}, {"tied": False, "windows": (None, 4, None), "logit_softcap": 9.0}],
+    ids=["plain", "biases and norms", "head, windows, cap"],
+)
+def test_the_numbers_are_those_of_layers_one_by_one(changed, width):
+    model, params = build(**changed)
+    params = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), params)  # biases too
+    one_by_one = model.clone(accelerate=Acceleration(layers="xla"))
+    got, want = run(model, params, width), run(one_by_one, params, width)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+
+    def close(x, y):
+        x, y = (z.astype(jnp.float32) for z in (x, y))
+        np.testing.assert_allclose(x, y, atol=0.02 * float(jnp.abs(y).max()) + 1e-6)
+
+    jax.tree.map(close, got, want)
+
+
+@NEEDED
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(("chosen", "batch", "kernels"), [(None, 2, 3), (None, 9, 0), ("xla", 2, 0)])
+def test_a_step_has_a_kernel_a_layer(chosen, batch, kernels):
+    model, params = build(chosen, windows=(None, None, None))
+    cache = Dense().init(model, batch=batch, capacity=32)
+    step = kvjax.decode_step.trace(model, params, cache, jnp.zeros(batch, jnp.int32))
+    assert step.lower(lowering_platforms=("cuda",)).as_text().count("call @_layer") == kernels
+
+
+@NEEDED
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"activation": "gelu"}, "gelu"),
+        ({"norm": "layer"}, "layer norm"),
+        ({"post_norms": True}, "no norm"),
+        ({"mlp_bias": True}, "no bias"),
+        ({"vocab": 100}, "`following`"),
+        ({"precision": Precision()}, "float32"),
+    ],
+    ids=str,
+)
+def test_other_models_run_with_one_warning(changed, why):
+    model, params = build(**changed)
+    cache = Dense().init(model, batch=1, capacity=32)
+    with pytest.warns(UserWarning, match=why):
+        logits, cache = kvjax.decode_step(model, params, cache, jnp.zeros(1, jnp.int32))
+    assert jnp.isfinite(logits).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kvjax.forward(model, params, jnp.zeros((1, 3), jnp.int32))
+
+
+def test_an_acceleration_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="`layers` must be 'xla' or None, got 'mosaic'"):
+        Acceleration(layers="mosaic")
