@@ -216,11 +216,13 @@ class _Lanes:
         spill(state, sums, stats)
 
     def collect(self, *refs):
+        from jax.experimental.mosaic.gpu import utils
+
         from kernels import decode_steps
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4)
-        def collect(_, *refs):
-            decode_steps.collect(self.shape, *refs)
+        def collect(_, sums, stats, *refs):
+            decode_steps.collect(self.shape, *(utils.memref_ptr(x) for x in (sums, stats)), *refs)
 
         collect(*refs)
 

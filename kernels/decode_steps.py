@@ -58,8 +58,8 @@ def _logits(shape: Shape, mask: Mask, at: Lane, unit, k, slots, scales, offsets,
             row = add(unit, add(at.row, 8 * half))
             token = add(add(mul(div(row, shape.span), shape.span * shape.per), rem(row, shape.span)), i * shape.span)
             [held] = load(utils.memref_ptr(slots), mul(token, 4))
-            scale = arith.mulf(lanes.number(scales, token), f32(_unit(mask) / lanes.factor(shape, i)))
-            offset = arith.mulf(lanes.number(offsets, token), f32(_unit(mask))) if offsets is not None else None
+            scale = arith.mulf(lanes.number(scales, token), f32(unit(mask) / lanes.factor(shape, i)))
+            offset = arith.mulf(lanes.number(offsets, token), f32(unit(mask))) if offsets is not None else None
             each = []
             for c in range(2 * shape.eights):
                 e, side = divmod(c, 2)
@@ -69,7 +69,7 @@ def _logits(shape: Shape, mask: Mask, at: Lane, unit, k, slots, scales, offsets,
                 x = arith.mulf(x, scale)
                 if offset is not None:
                     x = arith.addf(x, arith.mulf(offset, sums[c]))
-                each.append(_masked(mask, x, held, asks[c]))
+                each.append(masked(mask, x, held, asks[c]))
             logits.append(each)
             tokens.append((token, held))
     return logits, tokens
@@ -83,12 +83,12 @@ def _first(shape: Shape, place: int, sums: list[Value]) -> list[Value]:
     return [arith.mulf(x, base) for x in sums] * 2
 
 
-def _unit(mask: Mask) -> float:
+def unit(mask: Mask) -> float:
     """What products are multiplied by: the exponential has base 2, and a cap's hyperbolic tangent is made of one."""
     return mask.scale * LOG2E * (1.0 if mask.softcap is None else 2.0 / mask.softcap)
 
 
-def _masked(mask: Mask, x: Value, held: Value, edge: Value) -> Value:
+def masked(mask: Mask, x: Value, held: Value, edge: Value) -> Value:
     """The logit in units of `log 2`, -inf if the token is not seen; `edge` is the first position that never is."""
     if mask.softcap is not None:
         share = asm("rcp.approx.ftz.f32 $0, $1;", arith.addf(lanes.exp2(x), f32(1.0)))
@@ -143,14 +143,14 @@ def _weights(shape: Shape, logits, tokens, scales, offsets, state: list[Value]):
             scaled.append(arith.mulf(weight, scale))
             if offset is not None:
                 shifts[c] = arith.addf(shifts[c], arith.mulf(weight, offset))
-        packed.append([_turned(scaled[c + 1], scaled[c]) for c in range(0, columns, 2)])
+        packed.append([transposed(scaled[c + 1], scaled[c]) for c in range(0, columns, 2)])
     weights = [
         [[packed[2 * i][e], packed[2 * i + 1][e]] for e in range(shape.eights)] for i in range(shape.per)
     ]  # place, eight: two registers
     return weights, [*state[: shape.sums], *peaks, *totals, *shifts]
 
 
-def _turned(high: Value, low: Value) -> Value:
+def transposed(high: Value, low: Value) -> Value:
     """Two queries of a token a thread, as two tokens of a query: what one product gives, as the next one takes it."""
     i32_ = ir.IntegerType.get_signless(32)
     pair = asm("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low, result=i32_)
@@ -217,10 +217,9 @@ def spill(shape: Shape, state: list[Value], sums_ref, stats_ref) -> None:
     meet(shape)
 
 
-def collect(shape: Shape, sums_ref, stats_ref, out_ref, lse_ref) -> None:
-    """Merge what the warps have spilled, into `out` and `lse` of a row's queries."""
+def collect(shape: Shape, sums: Value, stats: Value, out_ref, lse_ref) -> None:
+    """Merge what the warps have spilled, from two places in memory, into `out` and `lse` of a row's queries."""
     at, some = lanes.here(), shape.queries * shape.dim // 4
-    sums, stats = utils.memref_ptr(sums_ref), utils.memref_ptr(stats_ref)
 
     def one(nth: Value) -> None:
         query, channel = div(nth, shape.dim // 4), mul(rem(nth, shape.dim // 4), 4)

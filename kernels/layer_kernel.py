@@ -17,8 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import dispatch
-from kernels.layer_products import Weights, chunk, depth, normed
-from kernels.registers import private, unwrap, wrap
+from kernels.decode_parts import merge_all
+from kernels.layer_attention import Cached, Sight, reach, stretch
+from kernels.layer_parts import Lanes, Plain
+from kernels.layer_products import Weights, chunk, depth
+from kernels.reference import Mask
+
+Seen = tuple[Sight, tuple[Any, ...]]
+"""Sizes of a new token's attention; and references to keys and values, what slots hold, from which to which some are
+seen, where the token goes, its position and its angles."""
 
 AHEAD = 2
 """Stages that are asked for at once: with more, weights came no faster (107 and 108 µs a layer)."""
@@ -30,13 +37,7 @@ def run(attended, x, weights: Weights, *, eps: float, workers: int | None = None
     Args:
         workers: thread blocks, which must all run at once; one for each of the GPU's multiprocessors if None.
     """
-    kernels = (weights.out, weights.gate_up, weights.down, weights.following)
-    norms = (None, weights.mlp_norm, None, weights.following_norm)
-    workers = workers or dispatch.cores()
-
-    def launch(which, source, residual):
-        return _launch(which, source, residual, kernels, norms, eps, workers, interpret)
-
+    launch = partial(_launch, weights=weights, eps=eps, workers=workers or dispatch.cores(), interpret=interpret)
     if not interpret:
         _, _, x, projected = launch(range(4), attended, x)
         return x, projected
@@ -47,31 +48,113 @@ def run(attended, x, weights: Weights, *, eps: float, workers: int | None = None
     return x, projected
 
 
-def _launch(which, source, residual, kernels, norms, eps: float, workers: int, interpret: Any):
+def run_step(
+    qkv,
+    x,
+    cached: Cached,
+    weights: Weights,
+    mask: Mask,
+    *,
+    eps: float,
+    workers: int | None = None,
+    interpret: Any = None,
+):
+    """What `layer_products.reference_step` gives; keys and values are written in place where they may be."""
+    (rows, outputs), (kept, slots, dim) = qkv.shape, cached.k.shape
+    workers, kv_heads = workers or dispatch.cores(), kept // rows
+    sight = Sight(rows, outputs // dim - 2 * kv_heads, kv_heads, dim, slots, workers, mask)
+    held, bounds = reach(cached, mask)
+    around = (held, bounds, cached.to, cached.at, cached.cos, cached.sin)
+    launch = partial(_launch, weights=weights, eps=eps, workers=workers, interpret=interpret)
+
+    def step(refs):
+        x_ref, projected_ref, k_ref, v_ref = refs
+        seen = (sight, (k_ref, v_ref, *around))
+        if not interpret:
+            *_, x_ref[...], projected_ref[...] = launch(range(4), qkv, x, seen=seen)
+            return
+        _, _, outs, lses = launch([], qkv, x, seen=seen)
+        _, count = stretch(bounds[:, 0], bounds[:, 1], sight.splits)
+        nth = jnp.arange(sight.splits, dtype=jnp.int32)[None]
+        first = sight.splits * jnp.arange(sight.items, dtype=jnp.int32)[:, None]
+        parts = jnp.where(nth < jnp.repeat(count, kv_heads)[:, None], first + nth, -1)
+        attended = merge_all(outs, lses, parts)[0].astype(qkv.dtype).reshape(rows, -1)
+        x_ref[...], projected_ref[...] = run(attended, x, weights, eps=eps, workers=workers, interpret=interpret)
+
+    empty = jnp.zeros_like(x), jnp.zeros((rows, weights.following.shape[0]), x.dtype)  # never made: all is written
+    return pl.run_state(step)((*empty, cached.k, cached.v))
+
+
+def _launch(
+    which,
+    source,
+    residual,
+    weights: Weights,
+    eps: float,
+    workers: int,
+    interpret: Any,
+    seen: tuple[Sight, Any] | None = None,
+):
     """Results of the products `which`, each from the one before and the first from `source`.
 
     Args:
         residual: what is added to the first product.
+        seen: attention that comes before them, of `source`, then queries, keys and values. Its results come first too:
+            of rows' K/V heads, merged, and of workers.
     """
     from kernels.layer_lanes import UNIT, Phase, Sizes
 
+    kernels = (weights.out, weights.gate_up, weights.down, weights.following)
+    norms = (None, weights.mlp_norm, None, weights.following_norm)
     rows = source.shape[0]
     inputs = [kernel.shape[1] for kernel in kernels]
     phases = [
         Phase(kernels[i].shape[0] // UNIT, inputs[i], chunk(inputs[i]), gated=i == 1, normed=norms[i] is not None)
         for i in which
     ]
-    stages = depth(inputs, rows)
     kept = Sizes(rows, max(inputs), max(chunk(size) for size in inputs), workers, eps)
+    sight, beside = seen or (None, ())
+    lines = max(rows, -(-4 * sight.scratch // (2 * kept.stride))) if sight else rows
+    stages, arrived = depth(inputs, lines), jnp.zeros(5 + (sight.items if sight else 0), jnp.int32)
     starts = np.cumsum([0] + [phase.units for phase in phases]).tolist()
     count, residuals = len(phases), [i % 2 == 0 for i in which]
     scales = [norms[i] for i in which if norms[i] is not None]
 
     def body(source_ref, residual_ref, arrived_ref, *refs, w_smem, x_smem, sums_smem, full, free):
-        kernel_refs, scale_refs, out_refs = refs[:count], list(refs[count:-count]), refs[-count:]
+        cuts = np.cumsum([0, len(beside), count, len(scales), 4 if sight else 0]).tolist()
+        beside_refs, kernel_refs, scale_refs, seen_refs, out_refs = (
+            list(refs[start:stop]) for start, stop in zip(cuts, [*cuts[1:], None], strict=True)
+        )
+        attended_ref = seen_refs[0] if sight else source_ref
         norm_refs = [scale_refs.pop(0) if phase.normed else None for phase in phases]
         me, role = lax.axis_index("worker"), lax.axis_index("role")
-        does = _Plain(kept, role) if interpret else _Lanes(kept)
+        does = Plain(kept, role) if interpret else Lanes(kept)
+
+        def see(sight: Sight):
+            """This worker's part of the attention; the last one of an item merges its parts."""
+            k_ref, v_ref, held_ref, bounds_ref, to_ref, at_ref, cos_ref, sin_ref = beside_refs
+            _, lse_ref, outs_ref, lses_ref = seen_refs
+            item, split = lax.div(me, sight.splits), lax.rem(me, sight.splits)
+
+            @pl.when(item < sight.items)
+            def _():
+                b, head = lax.div(item, sight.kv_heads), lax.rem(item, sight.kv_heads)
+                piece, sharing = stretch(bounds_ref[b, 0], bounds_ref[b, 1], sight.splits)
+                first = bounds_ref[b, 0] + split * piece
+                stop, to = jnp.minimum(first + piece, bounds_ref[b, 1]), to_ref[b]
+                angles, slots = (source_ref.at[b], cos_ref.at[b], sin_ref.at[b]), (k_ref.at[item], v_ref.at[item])
+
+                @pl.when(split < sharing)
+                def _():
+                    mine = (to >= first) & (to < stop)
+                    pl.when(mine)(lambda: does.append(sight, head, to, *angles, *slots))
+                    scalars, given = (head, first, stop, at_ref[b]), (*angles, *slots, held_ref.at[b])
+                    does.attend(sight, scalars, given, x_smem, outs_ref.at[me], lses_ref.at[me])
+                    counter, flag = arrived_ref.at[pl.ds(5 + item, 1)], sums_smem.at[pl.ds(0, 1)]
+                    results = attended_ref.at[item], lse_ref.at[item]
+                    does.merge(sight, item * sight.splits, sharing, counter, flag, outs_ref, lses_ref, *results)
+
+            does.signal(arrived_ref, 4)
 
         def each(nth, one, done):
             """Run `one(i, unit, done)` for this worker's units: all take turns, from where the last product ended."""
@@ -120,18 +203,27 @@ def _launch(which, source, residual, kernels, norms, eps: float, workers: int, i
                 does.finish(phase, acc, unit, i, sums_smem, out_refs[nth], added)
                 return done
 
+            if sight:
+                see(sight)
             done = jnp.int32(0)
             for nth, phase in enumerate(phases):
-                counter = arrived_ref.at[pl.ds(nth - 1, 1)] if nth else None
-                does.bring(phase, out_refs[nth - 1] if nth else source_ref, x_smem, sums_smem, norm_refs[nth], counter)
+                before = nth - 1 if nth else 4 if sight else None
+                counter = None if before is None else arrived_ref.at[pl.ds(before, 1)]
+                does.bring(
+                    phase, out_refs[nth - 1] if nth else attended_ref, x_smem, sums_smem, norm_refs[nth], counter
+                )
                 done = each(nth, partial(used, nth), done)
-                does.signal(arrived_ref, nth, count)
+                does.signal(arrived_ref, nth, 5 if nth == count - 1 else 0)
 
         pl.when(role < 2)(use)
         pl.when(role == 2)(read)
 
     laid = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     outs = [jax.ShapeDtypeStruct((rows, phase.units * phase.results), source.dtype) for phase in phases]
+    if sight:
+        shapes = [(n, sight.group, *rest) for n in (sight.items, workers) for rest in ((sight.dim,), ())]
+        dtypes = (source.dtype, *(jnp.float32,) * 3)
+        outs = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)] + outs
     return plgpu.kernel(
         body,
         out_type=tuple(outs),
@@ -141,104 +233,11 @@ def _launch(which, source, residual, kernels, norms, eps: float, workers: int, i
         thread_name="role",
         scratch_types=dict(
             w_smem=plgpu.SMEM((stages, UNIT, kept.chunk), source.dtype, transforms=laid),
-            x_smem=plgpu.SMEM((rows, kept.stride), source.dtype),
+            x_smem=plgpu.SMEM((lines, kept.stride), source.dtype),
             sums_smem=plgpu.SMEM((kept.shared,), jnp.float32),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(source, residual, jnp.zeros(4, jnp.int32), *(kernels[i] for i in which), *scales)
-
-
-class _Lanes:
-    """What `kernels.layer_lanes` does in registers, as operations on references."""
-
-    def __init__(self, kept):
-        self.kept = kept
-
-    def nothing(self):
-        return plgpu.layout_cast(jnp.zeros((128 * 4,), jnp.float32), private(4).layout)
-
-    def bring(self, phase, source, x, sums, norm, counter):
-        from kernels import layer_lanes
-
-        some = [ref for ref in (norm, counter) if ref is not None]
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (3 + len(some)))
-        def bring(_, source, x, sums, *some):
-            scale = layer_lanes.scales(phase, some[0]) if phase.normed else None
-            if counter is not None:
-                layer_lanes.await_all(some[-1], self.kept.workers)
-            layer_lanes.bring(self.kept, phase, source, x, sums, scale)
-
-        bring(source, x, sums, *some)
-
-    def multiply(self, phase, w, x, stage, acc):
-        from kernels import layer_lanes
-
-        laid = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-        kinds = laid, plgpu.RefType(), plgpu.Layout.WG_SPLAT, private(4).layout
-
-        @plgpu.inline_mgpu(arg_types=kinds, return_type=private(4))
-        def multiply(_, w, x, stage, acc):
-            return wrap(layer_lanes.multiply(self.kept, phase, w, x, stage.registers.flat[0], unwrap(acc)))
-
-        return multiply(w, x, stage, acc)
-
-    def finish(self, phase, acc, unit, nth, sums, out, residual):
-        from kernels import layer_lanes
-
-        refs = [ref for ref in (sums, out, residual) if ref is not None]
-
-        @plgpu.inline_mgpu(
-            arg_types=(private(4).layout, *(plgpu.Layout.WG_SPLAT,) * 2, *(plgpu.RefType(),) * len(refs))
-        )
-        def finish(_, acc, unit, nth, *refs):
-            unit, nth = (x.registers.flat[0] for x in (unit, nth))
-            layer_lanes.finish(self.kept, phase, unwrap(acc), unit, nth, *refs)
-
-        finish(acc, unit, nth, *refs)
-
-    def signal(self, arrived, nth, count):
-        from kernels import layer_lanes
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def signal(_, arrived):
-            layer_lanes.signal(arrived, nth, self.kept.workers, count)
-
-        signal(arrived)
-
-
-class _Plain:
-    """The same by whole arrays, for the interpreter: the first warpgroup does all of it."""
-
-    def __init__(self, kept, role):
-        self.kept, self.mine = kept, role == 0
-
-    def nothing(self):
-        return jnp.zeros((16, self.kept.rows), jnp.float32)
-
-    def bring(self, phase, source, x, sums, norm, counter):
-        del sums, counter
-
-        @pl.when(self.mine)
-        def _():
-            value = source[...]
-            x[:, pl.ds(0, phase.inputs)] = value if norm is None else normed(value, norm[...], self.kept.eps)
-
-    def multiply(self, phase, w, x, stage, acc):
-        w, x = w[:, pl.ds(0, phase.chunk)], x[:, pl.ds(stage * phase.chunk, phase.chunk)]
-        return acc + lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-    def finish(self, phase, acc, unit, nth, sums, out, residual):
-        del nth, sums
-
-        @pl.when(self.mine)
-        def _():
-            y, here = acc.astype(out.dtype), pl.ds(unit * phase.results, phase.results)
-            y = (jax.nn.silu(y[:8]) * y[8:] if phase.gated else y).T
-            out[:, here] = y if residual is None else y + residual[:, here]
-
-    def signal(self, *_):
-        pass
+    )(source, residual, arrived, *beside, *(kernels[i] for i in which), *scales)

@@ -92,27 +92,31 @@ def meet() -> None:
 
 def await_all(counter: Value, number: int) -> None:
     """Wait until `number` workers have signalled, and let the others of this one wait."""
-    with utils.when(_equal(utils.thread_idx(), 0)):
+    with utils.when(equal(utils.thread_idx(), 0)):
         loop = scf.WhileOp([], [])
         with ir.InsertionPoint(loop.before.blocks.append()):
             seen = asm_volatile("ld.acquire.gpu.global.u32 $0, [$1];", utils.memref_ptr(counter))
-            scf.condition(_less(seen, number), [])
+            scf.condition(less(seen, number), [])
         with ir.InsertionPoint(loop.after.blocks.append()):
             scf.yield_([])
     meet()
 
 
-def signal(counters: Value, nth: int, number: int, count: int) -> None:
-    """Count this worker up in counter `nth`, after all it has stored; the last one of the last sets all to zero."""
+def signal(counters: Value, nth: int, number: int, zero: int = 0) -> None:
+    """Count this worker up in counter `nth`, after all it has stored; the last sets the first `zero` counters to 0."""
     meet()
-    with utils.when(_equal(utils.thread_idx(), 0)):
+    with utils.when(equal(utils.thread_idx(), 0)):
         base = utils.memref_ptr(counters)
-        at = utils.getelementptr(base, [i32(4 * nth)], ir.IntegerType.get_signless(8))
-        before = asm_volatile("fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;", at)
-        if nth == count - 1:
-            with utils.when(_equal(before, number - 1)):
-                for i in range(count):
+        before = counted(utils.getelementptr(base, [i32(4 * nth)], ir.IntegerType.get_signless(8)))
+        if zero:
+            with utils.when(equal(before, number - 1)):
+                for i in range(zero):
                     store(base, i32(4 * i), i32(0))
+
+
+def counted(at: Value) -> Value:
+    """Add one to a counter in device memory, after all that this thread knows to be stored; what it was before."""
+    return asm_volatile("fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;", at)
 
 
 def asm_volatile(text: str, *args: Value) -> Value:
@@ -166,7 +170,7 @@ def multiply(sizes: Sizes, phase: Phase, w: Value, x: Value, stage: Value, acc: 
     pieces = phase.chunk // 32
     for n in range(-(-pieces // WARPS)):
         piece = add(at.warp, WARPS * n)
-        there = None if WARPS * (n + 1) <= pieces else _less(piece, pieces)
+        there = None if WARPS * (n + 1) <= pieces else less(piece, pieces)
         if there is not None:
             piece = arith.select(there, piece, i32(0))
         sixteen = arith.xori(add(mul(rem(piece, 2), 4), at.column), at.row)
@@ -201,12 +205,12 @@ def finish(
     base = mul(rem(nth, 2), 4 * sizes.half)
     for side in range(min(2, sizes.rows)):
         column = add(mul(at.column, 2), side)
-        with utils.when(_less(column, sizes.rows)):
+        with utils.when(less(column, sizes.rows)):
             for half in range(2):
                 line = add(mul(at.warp, UNIT), add(at.row, 8 * half))
                 store(shared, add(base, mul(add(mul(line, sizes.rows), column), 4)), acc[2 * half + side])
     meet()
-    with utils.when(_less(at.thread, phase.results * sizes.rows)):
+    with utils.when(less(at.thread, phase.results * sizes.rows)):
         output, row = rem(at.thread, phase.results), div(at.thread, phase.results)
         y = _total(sizes, shared, base, output, row)
         if phase.gated:
@@ -238,12 +242,12 @@ def _normed(sizes: Sizes, phase: Phase, words, rows: range, sums: Value, scale):
         total = f32(0.0)
         for i, four in enumerate(some):
             part = f32(0.0)
-            for x in (x for word in four for x in _pair(word)):
+            for x in (x for word in four for x in pair(word)):
                 part = arith.addf(part, arith.mulf(x, x))
             total = arith.addf(total, arith.select(_inside(phase, i), part, f32(0.0)))
         for distance in (1, 2, 4, 8, 16):
             total = arith.addf(total, utils.shfl_bfly(total, distance))
-        with utils.when(_equal(rem(thread, 32), 0)):
+        with utils.when(equal(rem(thread, 32), 0)):
             store(shared, mul(add(div(thread, 32), 2 * sizes.half + WARPS * row), 4), total)
     meet()
     found = []
@@ -256,7 +260,7 @@ def _normed(sizes: Sizes, phase: Phase, words, rows: range, sums: Value, scale):
         by = asm("rsqrt.approx.ftz.f32 $0, $1;", arith.addf(mean, f32(sizes.eps)))
         found.append([])
         for i, four in enumerate(some):
-            pairs = [[arith.mulf(arith.mulf(x, by), scale[i][2 * j + k]) for k, x in enumerate(_pair(word))]
+            pairs = [[arith.mulf(arith.mulf(x, by), scale[i][2 * j + k]) for k, x in enumerate(pair(word))]
                      for j, word in enumerate(four)]  # fmt: skip
             found[-1].append([asm("cvt.rn.bf16x2.f32 $0, $1, $2;", b, a, result=_i32()) for a, b in pairs])
     return found
@@ -281,10 +285,10 @@ def _place(nth: int) -> Value:
 
 
 def _inside(phase: Phase, nth: int) -> Value:
-    return _less(_place(nth), phase.inputs // 8)
+    return less(_place(nth), phase.inputs // 8)
 
 
-def _pair(word: Value) -> tuple[Value, Value]:
+def pair(word: Value) -> tuple[Value, Value]:
     """Two bfloat16 numbers as float32."""
     f = _f32()
     return arith.bitcast(f, arith.shli(word, i32(16))), arith.bitcast(f, arith.andi(word, i32(0xFFFF0000)))
@@ -294,11 +298,13 @@ def _rounded(x: Value) -> Value:
     return arith.extf(_f32(), arith.truncf(ir.BF16Type.get(), x))
 
 
-def _equal(a: Value, b: int) -> Value:
+def equal(a: Value, b: int) -> Value:
+    """Whether an integer is `b`."""
     return arith.cmpi(arith.CmpIPredicate.eq, a, i32(b))
 
 
-def _less(a: Value, b: int) -> Value:
+def less(a: Value, b: int) -> Value:
+    """Whether an integer is from 0 to below `b`."""
     return arith.cmpi(arith.CmpIPredicate.ult, a, i32(b))
 
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import dispatch
-from kernels.reference import BACKENDS
+from kernels.layer_attention import Cached, appended
+from kernels.layer_attention import refusal as attention_refusal
+from kernels.reference import BACKENDS, Mask
 
 MOST_ROWS = 8
 """Columns of the hardware's product, which reads weights once for all."""
@@ -68,6 +70,37 @@ def layer_products(
     return _kernel(eps, backend is not None, interpret)(attended, x, weights)
 
 
+def layer_step(
+    qkv: Float[Array, "rows outputs"],
+    x: Float[Array, "rows hidden"],
+    cached: Cached,
+    weights: Weights,
+    mask: Mask,
+    *,
+    eps: float,
+    backend: str | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows outputs"], Array, Array]:
+    """A whole layer of one new token a row: its attention to what is cached and to itself, then `layer_products`.
+
+    Args:
+        qkv: queries, keys and values of the new tokens, side by side, not turned yet.
+    Returns:
+        What `layer_products` gives, keys and values with the new token.
+    Raises:
+        ValueError: as `layer_products`.
+    """
+    if backend is None and step_refusal(qkv, x, cached, weights):
+        return reference_step(qkv, x, cached, weights, mask, eps)
+    return _step_kernel(mask, eps, backend is not None, interpret)(qkv, x, cached, weights)
+
+
+def reference_step(qkv, x, cached: Cached, weights: Weights, mask: Mask, eps: float):
+    """The same in plain JAX."""
+    attended, k, v = appended(qkv, cached, mask)
+    return *reference(attended, x, weights, eps), k, v
+
+
 def reference(attended, x, weights: Weights, eps: float) -> Result:
     """The same in plain JAX, as a model's layers do it."""
     x = x + _product(attended, weights.out)
@@ -117,6 +150,14 @@ def refusal(attended, x, weights: Weights) -> str | None:
     return None
 
 
+def step_refusal(qkv, x, cached: Cached, weights: Weights) -> str | None:
+    """Why the kernel does not take a whole layer; None if it does."""
+    if why := attention_refusal(qkv, cached, dispatch.cores()):
+        return why
+    attended = jax.ShapeDtypeStruct((x.shape[0], weights.out.shape[1]), x.dtype)
+    return refusal(attended, x, weights)
+
+
 def sizes(weights: Weights) -> list[int]:
     """Inputs of the four products."""
     return [x.shape[1] for x in (weights.out, weights.gate_up, weights.down, weights.following)]
@@ -147,11 +188,26 @@ def _kernel(eps: float, anywhere: bool, interpret: Any):
 
     operation = dispatch.served(flat(kernel), flat(partial(reference, eps=eps)), anywhere=anywhere)
 
-    def call(attended, x, weights: Weights) -> Result:
-        w = weights
-        return operation(attended, x, w.out, w.mlp_norm, w.gate_up, w.down, w.following_norm, w.following)
+    return lambda attended, x, weights: operation(attended, x, *jax.tree.leaves(weights))
 
-    return call
+
+@cache
+def _step_kernel(mask: Mask, eps: float, anywhere: bool, interpret: Any):
+    def kernel(*args):
+        from kernels.layer_kernel import run_step
+
+        if why := step_refusal(*args):
+            raise ValueError(f"layer_step: {why}")
+        return run_step(*args, mask, eps=eps, interpret=interpret)
+
+    def written(*args):
+        return reference_step(*args, mask, eps)
+
+    def flat(function):
+        return lambda qkv, x, *leaves: function(qkv, x, Cached(*leaves[:7]), Weights(*leaves[7:]))
+
+    operation = dispatch.served(flat(kernel), flat(written), anywhere=anywhere)
+    return lambda qkv, x, cached, weights: operation(qkv, x, *jax.tree.leaves(cached), *jax.tree.leaves(weights))
 
 
 def _product(x, kernel):

@@ -87,6 +87,13 @@ class Block(nn.Module):
         out = self._mlp(Norm(c, name="mlp_norm")(x))
         return x + (Norm(c, name="post_mlp_norm")(out) if c.post_norms else out), layer
 
+    @property
+    def mask(self) -> Mask:
+        """What a query sees, and how."""
+        c = self.config
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        return Mask(scale, self.window, softcap=c.attention_softcap, backend=self.accelerate.attention)
+
     def _attention(self, x, positions, valid, layer, places):
         c = self.config
         qkv = Linear((c.heads + 2 * c.kv_heads) * c.head_dim, c.qkv_bias, self.precision, name="qkv")(x)
@@ -132,12 +139,10 @@ def attended(
         q, k = norms[0](q), norms[1](k)
     if c.rope is not None:
         q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
-    scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
-    mask = Mask(scale, block.window, softcap=c.attention_softcap, backend=block.accelerate.attention)
     if layer is None:
         slots = jnp.where(valid, positions, -1)
-        out, _ = attend(q, by_head(k), by_head(v), positions, slots, mask)
+        out, _ = attend(q, by_head(k), by_head(v), positions, slots, block.mask)
     else:
-        out, _, layer = layer.attend(q, k, v, positions, valid, mask)
+        out, _, layer = layer.attend(q, k, v, positions, valid, block.mask)
     out = out.reshape(batch, width, q_size)
     return out if places is None else places.gathered(out), layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -9,13 +10,19 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import dispatch
-from kernels.layer_products import MOST_ROWS, Weights, layer_products, refusal
+from kernels.layer_attention import Cached
+from kernels.layer_products import MOST_ROWS, Weights, layer_products, layer_step, refusal, step_refusal
 from kvjax.block import Block, Norm, attended
 from kvjax.cache.base import Attends
+from kvjax.cache.placing import Placing
 from kvjax.config import ModelConfig
 from kvjax.product import product
+from kvjax.rope import angles
 
 Params = Any
+
+MOST_SLOTS = 2**30
+"""Slots up to which a layer's kernel sees them itself."""
 
 
 def fusible(blocks: list[Block], params: Params, x: Float[Array, "batch width hidden"]) -> bool:
@@ -54,10 +61,27 @@ def _layer(block: Block, own: Params, weights: Weights, qkv, x, positions, valid
     norms = (partial(_normed, c, own["q_norm"]), partial(_normed, c, own["k_norm"])) if c.qk_norm else None
     if c.qkv_bias:
         qkv = qkv + own["qkv"]["bias"].astype(qkv.dtype)[None, None]
-    out, layer = attended(block, qkv, positions, valid, layer, None, norms)
-    rows = [y.reshape(-1, y.shape[-1]) for y in (out, x)]
-    results = layer_products(*rows, weights, eps=c.norm_eps)
+    place, cached = _placed(block, layer, positions, valid)
+    if cached is not None and not step_refusal(qkv[:, 0], x[:, 0], cached, weights):
+        *results, k, v = layer_step(qkv[:, 0], x[:, 0], cached, weights, place.mask, eps=c.norm_eps)
+        layer = replace(place.after, k=k, v=v)
+    else:
+        out, layer = attended(block, qkv, positions, valid, layer, None, norms)
+        rows = [y.reshape(-1, y.shape[-1]) for y in (out, x)]
+        results = layer_products(*rows, weights, eps=c.norm_eps)
     return *(y.reshape(*x.shape[:2], -1) for y in results), layer
+
+
+def _placed(block: Block, layer: Attends | None, positions, valid) -> tuple[Any, Cached | None]:
+    """Where a new token goes and what it meets, if attention to that may be part of the layer's kernel."""
+    c = block.config
+    turned = c.rope is not None and c.rope.rotary_dim in (None, c.head_dim) and not c.qk_norm
+    few = isinstance(layer, Placing) and positions.shape[1] == 1 and layer.k.shape[1] <= MOST_SLOTS
+    if not (few and turned) or block.accelerate.attention == "xla":
+        return None, None
+    place = layer.place(positions, valid, block.mask)
+    cos, sin = (part[:, 0] for part in angles(positions, c.rope, c.head_dim))
+    return place, Cached(layer.k, layer.v, place.slots, place.to, positions[:, 0], cos, sin)
 
 
 def _normed(c: ModelConfig, own: Params, x: Array) -> Array:

@@ -27,14 +27,21 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     return _yarn(rope, base, dim), rope.attention_factor
 
 
+def angles(
+    positions: Int[Array, "batch width"], rope: Rope, head_dim: int
+) -> tuple[Float[Array, "batch width pairs"], Float[Array, "batch width pairs"]]:
+    """Cosine and sine, times the rule's factor, of the angle by which each pair is rotated."""
+    freqs, factor = frequencies(rope, head_dim)
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)[None, None]
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
 def rotate(
     x: Float[Array, "batch width heads head_dim"], positions: Int[Array, "batch width"], rope: Rope
 ) -> Float[Array, "batch width heads head_dim"]:
     """Rotate each pair `(x[i], x[i + dim/2])` by its position; the angle is taken in float32."""
-    freqs, factor = frequencies(rope, x.shape[-1])
-    dim = 2 * len(freqs)
-    angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)[None, None, None]
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    cos, sin = (part[:, :, None] for part in angles(positions, rope, x.shape[-1]))
+    dim = 2 * cos.shape[-1]
     a = x[..., : dim // 2].astype(jnp.float32)
     b = x[..., dim // 2 : dim].astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -8,20 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache.ahead import InOrder
-from kvjax.cache.attention import Mask, append, attend, by_head, write
+from kvjax.cache.attention import Mask, attend, by_head, write
 from kvjax.cache.base import Cache, LayerSpec, Strategy, check_dtype
 from kvjax.cache.feed import feed
+from kvjax.cache.placing import Place, Placing
 from kvjax.cache.slots import take_rows
 from kvjax.pytree import pytree
 
 
 @pytree
-class DenseLayer(InOrder):
+class DenseLayer(Placing):
     """Slot `i` of a row holds its token `i`, of `length` tokens."""
 
-    k: Float[Array, "rows slots head_dim"]
-    v: Float[Array, "rows slots head_dim"]
     length: Int[Array, "batch"]
 
     @property
@@ -29,16 +27,16 @@ class DenseLayer(InOrder):
         return self.k.shape[1]
 
     def attend(self, q, k, v, positions, valid, mask: Mask):
-        start = positions[:, 0]
-        k, v = by_head(k), by_head(v)
-        layer = replace(self, length=jnp.minimum(start + valid.sum(1, dtype=jnp.int32), self.limit))
         if q.shape[1] == 1:
-            to = jnp.where(layer.length > start, start, -1)
-            out, lse, k, v = append(q, k, v, self.k, self.v, positions, self._first(start), to, mask)
-            return out, lse, replace(layer, k=k, v=v)
-        k, v = (write(old, new.astype(old.dtype), start, valid) for old, new in ((self.k, k), (self.v, v)))
+            return self.attend_one(q, k, v, positions, valid, mask)
+        start, layer = positions[:, 0], self._longer(positions, valid)
+        k, v = (write(old, by_head(new).astype(old.dtype), start, valid) for old, new in ((self.k, k), (self.v, v)))
         layer = replace(layer, k=k, v=v)
         return *layer.look(q, positions, mask), layer
+
+    def place(self, positions, valid, mask: Mask) -> Place:
+        start, layer = positions[:, 0], self._longer(positions, valid)
+        return Place(self._first(start), jnp.where(layer.length > start, start, -1), mask, layer)
 
     def look(self, q, positions, mask: Mask):
         return attend(q, self.k, self.v, positions, self._first(self.length), mask)
@@ -56,6 +54,9 @@ class DenseLayer(InOrder):
 
     def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
         return self.k, self.v
+
+    def _longer(self, positions, valid) -> DenseLayer:
+        return replace(self, length=jnp.minimum(positions[:, 0] + valid.sum(1, dtype=jnp.int32), self.limit))
 
     def _first(self, length: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         slots = jnp.arange(self.limit, dtype=jnp.int32)[None]

@@ -12,21 +12,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.cache.ahead import InOrder
-from kvjax.cache.attention import Mask, append, attend, by_head, merge, placed
+from kvjax.cache.attention import Mask, attend, by_head, merge, placed
 from kvjax.cache.base import LayerSpec, check_dtype
 from kvjax.cache.dense import Dense, DenseLayer, WithDense
 from kvjax.cache.feed import feed
+from kvjax.cache.placing import Place, Placing
 from kvjax.cache.slots import take_rows
 from kvjax.pytree import pytree, static
 
 
 @pytree
-class RingLayer(InOrder):
+class RingLayer(Placing):
     """Slots `0 … sinks - 1` hold the first tokens, the other `window` slots the newest, by turns."""
 
-    k: Float[Array, "rows slots head_dim"]
-    v: Float[Array, "rows slots head_dim"]
     positions: Int[Array, "batch slots"]
     sinks: int = static()
 
@@ -39,11 +37,18 @@ class RingLayer(InOrder):
         return self.positions.shape[1] - self.sinks
 
     def attend(self, q, k, v, positions, valid, mask: Mask):
-        k, v = by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
         if q.shape[1] == 1:  # the slot that is overwritten has just left the window
-            return self._attend_one(q, k, v, positions, valid, mask)
+            return self.attend_one(q, k, v, positions, valid, mask)
+        k, v = by_head(k).astype(self.k.dtype), by_head(v).astype(self.v.dtype)
         fresh = attend(q, k, v, positions, jnp.where(valid, positions, -1), self._narrowed(mask))
         return *merge(self.look(q, positions, mask), fresh), self._append(k, v, positions, valid)
+
+    def place(self, positions, valid, mask: Mask) -> Place:
+        at = positions[:, 0]
+        slot = jnp.where(at < self.sinks, at, self.sinks + (at - self.sinks) % self.window)
+        to = jnp.where(valid[:, 0], slot, -1)
+        after = replace(self, positions=placed(self.positions, positions, to))
+        return Place(self.positions, to, self._narrowed(mask), after)
 
     def look(self, q, positions, mask: Mask):
         return attend(q, self.k, self.v, positions, self.positions, self._narrowed(mask))
@@ -77,13 +82,6 @@ class RingLayer(InOrder):
             if most:
                 layer = feed(layer, k, v, jnp.where(part, positions, -1), most, mask)
         return layer
-
-    def _attend_one(self, q, k, v, positions, valid, mask: Mask):
-        at = positions[:, 0]
-        slot = jnp.where(at < self.sinks, at, self.sinks + (at - self.sinks) % self.window)
-        to = jnp.where(valid[:, 0], slot, -1)
-        out, lse, k, v = append(q, k, v, self.k, self.v, positions, self.positions, to, self._narrowed(mask))
-        return out, lse, replace(self, k=k, v=v, positions=placed(self.positions, positions, to))
 
     def _append(self, k, v, positions, valid: Bool[Array, "batch width"]) -> RingLayer:
         """Give each slot the newest of the chunk's tokens that falls to it, if one does."""
