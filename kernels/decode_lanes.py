@@ -143,6 +143,17 @@ def choose(condition: Value, yes, no, types: list) -> list[Value]:
     return list(branch.results)
 
 
+def counted(start: Value, stop: Value, step: int, body, state: list[Value]) -> list[Value]:
+    """`state` after `body(i, state)` for each `step`-th integer from `start` to below `stop`."""
+    index = ir.IndexType.get()
+    first = arith.index_cast(index, start)
+    last = arith.index_cast(index, arith.maxsi(start, stop))
+    loop = scf.ForOp(first, last, utils.c(step, index), state)
+    with ir.InsertionPoint(loop.body):
+        scf.yield_(body(i32(loop.induction_variable), list(loop.inner_iter_args)))
+    return list(loop.results)
+
+
 def across(x: Value, join) -> Value:
     """Join over the eight threads of a warp that hold the same columns."""
     for distance in (4, 8, 16):

@@ -121,8 +121,7 @@ def run(q, k: Packed, v: Packed, work: Plan, mask: Mask, *, tiling: Tiling, scor
             def _():
                 row = stop - 1
                 await_all(arrived_ref.at[pl.ds(row, 1)], sharing - 1)
-                most = tiling.most(kv_heads)
-                lanes.gather(some_ref, some_lse_ref, me + row, sharing, most, out_ref.at[row], lse_ref.at[row])
+                lanes.gather(some_ref, some_lse_ref, me + row, sharing, out_ref.at[row], lse_ref.at[row])
 
             @pl.loop(0, lax.div(rows + workers - 1 - me, workers))
             def _(i):
@@ -235,7 +234,7 @@ class _Lanes:
 
         meet()
 
-    def gather(self, outs, lses, first, count, most, out, lse):
+    def gather(self, outs, lses, first, count, out, lse):
         from kernels import decode_steps
 
         kinds = (plgpu.RefType(),) * 2, (plgpu.Layout.WG_SPLAT,) * 2, (plgpu.RefType(),) * 2
@@ -243,7 +242,7 @@ class _Lanes:
         @plgpu.inline_mgpu(arg_types=sum(kinds, ()))
         def gather(_, outs, lses, first, count, out, lse):
             first, count = (x.registers.flat[0] for x in (first, count))
-            decode_steps.gather(self.shape, outs, lses, first, count, most, out, lse)
+            decode_steps.gather(self.shape, outs, lses, first, count, out, lse)
 
         gather(outs, lses, first, count, out, lse)
 

@@ -10,7 +10,7 @@ from jaxlib.mlir.dialects import arith
 
 from kernels import decode_lanes as lanes
 from kernels.decode_lanes import TOGETHER, Lane, Shape, Value, across, add, asm, div, f32, i32, load, mul, rem, store
-from kernels.decode_parts import LOG2E
+from kernels.decode_parts import EIGHT, LOG2E
 from kernels.reference import Mask
 
 BARRIER = 9
@@ -230,27 +230,34 @@ def collect(shape: Shape, sums: Value, stats: Value, out_ref, lse_ref) -> None:
             peak, total, shift = (load(stats, x, type_=ir.F32Type.get())[0] for x in offsets)
             values = load(sums, mul(line, 4), 4, ir.F32Type.get())
             kept.append((peak, total, [arith.addf(x, shift) for x in values]))
-        _merged(kept, query, channel, shape, out_ref, lse_ref)
+        _finished(_joined(kept), query, channel, shape, out_ref, lse_ref)
 
     _shared(at, some, 32 * shape.warps, one)
 
 
-def gather(shape: Shape, outs_ref, lses_ref, first: Value, count: Value, most: int, out_ref, lse_ref) -> None:
+def gather(shape: Shape, outs_ref, lses_ref, first: Value, count: Value, out_ref, lse_ref) -> None:
     """Merge `count` partial results, from the `first` on, by one warpgroup."""
     at, some = lanes.here(), shape.queries * shape.dim // 4
     outs, lses = utils.memref_ptr(outs_ref), utils.memref_ptr(lses_ref)
 
     def one(nth: Value) -> None:
         query, channel = div(nth, shape.dim // 4), mul(rem(nth, shape.dim // 4), 4)
-        kept = []
-        for i in range(most):
-            there = arith.cmpi(arith.CmpIPredicate.ult, i32(i), count)
-            line = add(mul(add(first, arith.select(there, i32(i), i32(0))), shape.queries), query)
-            [lse] = load(lses, mul(line, 4), type_=ir.F32Type.get())
-            lse = arith.maxnumf(arith.mulf(lse, f32(LOG2E)), f32(lanes.LEAST))
-            values = load(outs, mul(add(mul(line, shape.dim), channel), 4), 4, ir.F32Type.get())
-            kept.append((lse, arith.select(there, f32(1.0), f32(0.0)), values))
-        _merged(kept, query, channel, shape, out_ref, lse_ref, whole=True)
+
+        def several(start: Value, state: list[Value]) -> list[Value]:
+            kept = []
+            for i in range(EIGHT):  # asked for together
+                there = arith.cmpi(arith.CmpIPredicate.ult, add(start, i), count)
+                part = add(first, arith.select(there, add(start, i), i32(0)))
+                line = add(mul(part, shape.queries), query)
+                [lse] = load(lses, mul(line, 4), type_=ir.F32Type.get())
+                lse = arith.maxnumf(arith.mulf(lse, f32(LOG2E)), f32(lanes.LEAST))
+                values = load(outs, mul(add(mul(line, shape.dim), channel), 4), 4, ir.F32Type.get())
+                kept.append((lse, arith.select(there, f32(1.0), f32(0.0)), values))
+            return _joined([(state[0], state[1], state[2:]), *((lse, n, _times(x, n)) for lse, n, x in kept)])
+
+        nothing = [f32(lanes.LEAST), f32(0.0), *[f32(0.0)] * 4]
+        state = lanes.counted(i32(0), count, EIGHT, several, nothing)
+        _finished(state, query, channel, shape, out_ref, lse_ref)
 
     _shared(at, some, 128, one)
 
@@ -276,18 +283,26 @@ def _shared(at: Lane, some: int, threads: int, one) -> None:
                 one(nth)
 
 
-def _merged(kept, query, channel, shape: Shape, out_ref, lse_ref, *, whole: bool = False) -> None:
-    """Join softmaxes of peak, total and weighted values; `whole` if the values are divided by their totals."""
+def _joined(kept) -> list[Value]:
+    """Softmaxes as one: of each a peak, a total and weighted values."""
     top = kept[0][0]
     for peak, _, _ in kept[1:]:
         top = arith.maxnumf(top, peak)
     total, sums = f32(0.0), [f32(0.0)] * 4
     for peak, some, values in kept:
         weight = lanes.exp2(arith.subf(peak, top))
-        share = arith.mulf(weight, some)
-        total = arith.addf(total, share)
-        by = share if whole else weight
-        sums = [arith.addf(x, arith.mulf(y, by)) for x, y in zip(sums, values, strict=True)]
+        total = arith.addf(total, arith.mulf(weight, some))
+        sums = [arith.addf(x, arith.mulf(y, weight)) for x, y in zip(sums, values, strict=True)]
+    return [top, total, *sums]
+
+
+def _times(values: list[Value], by: Value) -> list[Value]:
+    return [arith.mulf(x, by) for x in values]
+
+
+def _finished(state: list[Value], query, channel, shape: Shape, out_ref, lse_ref) -> None:
+    """Divide by the total, and store."""
+    top, total, *sums = state
     seen = arith.cmpf(arith.CmpFPredicate.OGT, top, f32(lanes.LEAST / 2))
     each = asm("rcp.approx.ftz.f32 $0, $1;", total)
     out = [arith.select(seen, arith.mulf(x, each), f32(0.0)) for x in sums]

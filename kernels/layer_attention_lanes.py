@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith
 
 from kernels import decode_lanes as lanes
 from kernels import decode_steps as steps
@@ -29,7 +29,7 @@ from kernels.decode_lanes import (
     store,
 )
 from kernels.layer_attention import WITHIN, Sight
-from kernels.layer_lanes import WARPS, counted, equal, less, meet, pair
+from kernels.layer_lanes import WARPS, arrive, equal, less, meet, pair
 
 
 def shape(sight: Sight) -> Shape:
@@ -65,20 +65,20 @@ def attend(
     That is sums, channels of two queries, then peaks and totals of these.
     """
     at = lanes.here()
+
+    def tile(start: Value):
+        return _tile(sight, at, start, stop, k, v, held)
+
+    begin = add(first, mul(at.warp, WITHIN))
+    early = tile(begin)  # asked for before the queries: most stretches are no longer than this
     queries = _queries(sight, at, head, qkv, cos, sin)
     edge = add(position, 1)
-    begin = add(first, mul(at.warp, WITHIN))
     state = [f32(0.0)] * (sight.dim // 4) + [f32(lanes.LEAST)] * 2 + [f32(0.0)] * 2
-    loop = scf.ForOp(
-        arith.index_cast(ir.IndexType.get(), begin),
-        arith.index_cast(ir.IndexType.get(), arith.maxsi(stop, begin)),
-        utils.c(WARPS * WITHIN, ir.IndexType.get()),
-        state,
+    state = _seen(sight, early, edge, queries, state)
+    size = WARPS * WITHIN
+    return lanes.counted(
+        add(begin, size), stop, size, lambda start, state: _seen(sight, tile(start), edge, queries, state), state
     )
-    with ir.InsertionPoint(loop.body):
-        start = arith.index_cast(ir.IntegerType.get_signless(32), loop.induction_variable)
-        scf.yield_(_seen(sight, at, start, stop, edge, queries, k, v, held, list(loop.inner_iter_args)))
-    return list(loop.results)
 
 
 def leave(sight: Sight, state: list[Value], scratch: Value, out: Value, lse: Value) -> None:
@@ -101,8 +101,10 @@ def leave(sight: Sight, state: list[Value], scratch: Value, out: Value, lse: Val
     steps.collect(shape(sight), base, stats, out, lse)
 
 
-def merge(sight: Sight, first: Value, count: Value, counter: Value, flag: Value, outs, lses, out, lse) -> None:
-    """Count this worker up; the last of `count` merges their partial results, and counts down to zero.
+def merge(
+    sight: Sight, first: Value, count: Value, counter: Value, ready: Value, flag: Value, outs, lses, out, lse
+) -> None:
+    """Count this worker up; the last of `count` merges their partial results, counts down to zero, and says so.
 
     Args:
         flag: one number of shared memory.
@@ -110,14 +112,16 @@ def merge(sight: Sight, first: Value, count: Value, counter: Value, flag: Value,
     meet()
     thread = utils.thread_idx()
     with utils.when(equal(thread, 0)):
-        store(utils.memref_ptr(flag), i32(0), counted(utils.memref_ptr(counter)))
+        store(utils.memref_ptr(flag), i32(0), arrive(utils.memref_ptr(counter)))
     meet()
     [before] = load(utils.memref_ptr(flag), i32(0))
-    last = arith.cmpi(arith.CmpIPredicate.eq, add(before, 1), count)
-    with utils.when(arith.andi(last, less(thread, 128))):
+    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, add(before, 1), count)):
+        with utils.when(less(thread, 128)):
+            steps.gather(shape(sight), outs, lses, first, count, out, lse)
+        meet()
         with utils.when(equal(thread, 0)):
             store(utils.memref_ptr(counter), i32(0), i32(0))
-        steps.gather(shape(sight), outs, lses, first, count, sight.splits, out, lse)
+            arrive(utils.memref_ptr(ready))
 
 
 def _queries(sight: Sight, at: Lane, head: Value, qkv, cos, sin) -> list[list[Value]]:
@@ -142,19 +146,25 @@ def _queries(sight: Sight, at: Lane, head: Value, qkv, cos, sin) -> list[list[Va
     return found
 
 
-def _seen(sight: Sight, at: Lane, start, stop, edge, queries, k, v, held, state: list[Value]) -> list[Value]:
-    """The state after sixteen slots."""
-    sums = sight.dim // 4
-    rows = [_row(sight, add(start, add(at.row, by)), stop, held) for by in (0, 8)]
-    mixed = [_row(sight, add(start, add(mul(at.column, 2), by)), stop, held) for by in (0, 1, 8, 9)]
+def _tile(sight: Sight, at: Lane, start: Value, stop: Value, k, v, held):
+    """Of sixteen slots, a thread's part of keys and of values, and what the slots hold."""
+    rows = [_row(add(start, add(at.row, by)), stop, held) for by in (0, 8)]
+    mixed = [_row(add(start, add(mul(at.column, 2), by)), stop, held) for by in (0, 1, 8, 9)]
     keys = [_pieces(sight, k, row, mul(at.column, 8), 32) for row, _ in rows]
     values = [_pieces(sight, v, row, mul(at.row, 8), 64) for row, _ in mixed]
+    return keys, values, [position for _, position in rows], [position for _, position in mixed]
+
+
+def _seen(sight: Sight, tile, edge: Value, queries, state: list[Value]) -> list[Value]:
+    """The state after sixteen slots."""
+    sums = sight.dim // 4
+    keys, values, rows, mixed = tile
     acc, odd = [f32(0.0)] * 4, [f32(0.0)] * 4
     for low, high, q in zip(*keys, queries, strict=True):
         acc = product(acc, [low[0], high[0], low[1], high[1]], q[:2])
         odd = product(odd, [low[2], high[2], low[3], high[3]], q[2:])
     scaled = [arith.mulf(arith.addf(a, b), f32(steps.unit(sight.mask))) for a, b in zip(acc, odd, strict=True)]
-    logits = [[steps.masked(sight.mask, scaled[2 * i + j], rows[i][1], edge) for j in range(2)] for i in range(2)]
+    logits = [[steps.masked(sight.mask, scaled[2 * i + j], rows[i], edge) for j in range(2)] for i in range(2)]
     peaks, totals = state[sums : sums + 2], state[sums + 2 :]
     tops = [across(arith.maxnumf(a, b), arith.maxnumf) for a, b in zip(*logits, strict=True)]
     new = [arith.maxnumf(a, b) for a, b in zip(peaks, tops, strict=True)]
@@ -165,11 +175,10 @@ def _seen(sight: Sight, at: Lane, start, stop, edge, queries, k, v, held, state:
         for i, (total, by) in enumerate(zip(totals, old, strict=True))
     ]
     fragment = [steps.transposed(each[1], each[0]) for each in weights]
+    there = [arith.cmpi(arith.CmpIPredicate.sge, position, i32(0)) for position in mixed]
     values = [
-        [[arith.select(there, word, i32(0)) for word in piece] for piece in pieces]
-        for pieces, there in zip(
-            values, (arith.cmpi(arith.CmpIPredicate.sge, x, i32(0)) for _, x in mixed), strict=True
-        )
+        [[arith.select(filled, word, i32(0)) for word in piece] for piece in pieces]
+        for pieces, filled in zip(values, there, strict=True)
     ]
     found = []
     for chunk in range(sight.dim // 64):
@@ -182,7 +191,7 @@ def _seen(sight: Sight, at: Lane, start, stop, edge, queries, k, v, held, state:
     return found + new + totals
 
 
-def _row(sight: Sight, slot: Value, stop: Value, held: Value) -> tuple[Value, Value]:
+def _row(slot: Value, stop: Value, held: Value) -> tuple[Value, Value]:
     """A slot that there is, and the position it holds, -1 past the end of the stretch."""
     inside = arith.cmpi(arith.CmpIPredicate.slt, slot, stop)
     slot = arith.select(inside, slot, i32(0))

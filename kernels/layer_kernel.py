@@ -150,11 +150,9 @@ def _launch(
                     pl.when(mine)(lambda: does.append(sight, head, to, *angles, *slots))
                     scalars, given = (head, first, stop, at_ref[b]), (*angles, *slots, held_ref.at[b])
                     does.attend(sight, scalars, given, x_smem, outs_ref.at[me], lses_ref.at[me])
-                    counter, flag = arrived_ref.at[pl.ds(5 + item, 1)], sums_smem.at[pl.ds(0, 1)]
-                    results = attended_ref.at[item], lse_ref.at[item]
-                    does.merge(sight, item * sight.splits, sharing, counter, flag, outs_ref, lses_ref, *results)
-
-            does.signal(arrived_ref, 4)
+                    counters = (arrived_ref.at[pl.ds(i, 1)] for i in (5 + item, 4))
+                    places = sums_smem.at[pl.ds(0, 1)], outs_ref, lses_ref, attended_ref.at[item], lse_ref.at[item]
+                    does.merge(sight, item * sight.splits, sharing, *counters, *places)
 
         def each(nth, one, done):
             """Run `one(i, unit, done)` for this worker's units: all take turns, from where the last product ended."""
@@ -207,11 +205,11 @@ def _launch(
                 see(sight)
             done = jnp.int32(0)
             for nth, phase in enumerate(phases):
-                before = nth - 1 if nth else 4 if sight else None
-                counter = None if before is None else arrived_ref.at[pl.ds(before, 1)]
-                does.bring(
-                    phase, out_refs[nth - 1] if nth else attended_ref, x_smem, sums_smem, norm_refs[nth], counter
-                )
+                waits = (arrived_ref.at[pl.ds(nth - 1, 1)], workers) if nth else None
+                if not nth and sight:
+                    waits = (arrived_ref.at[pl.ds(4, 1)], sight.items)
+                brought = out_refs[nth - 1] if nth else attended_ref
+                does.bring(phase, brought, x_smem, sums_smem, norm_refs[nth], waits)
                 done = each(nth, partial(used, nth), done)
                 does.signal(arrived_ref, nth, 5 if nth == count - 1 else 0)
 

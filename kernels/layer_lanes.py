@@ -107,14 +107,14 @@ def signal(counters: Value, nth: int, number: int, zero: int = 0) -> None:
     meet()
     with utils.when(equal(utils.thread_idx(), 0)):
         base = utils.memref_ptr(counters)
-        before = counted(utils.getelementptr(base, [i32(4 * nth)], ir.IntegerType.get_signless(8)))
+        before = arrive(utils.getelementptr(base, [i32(4 * nth)], ir.IntegerType.get_signless(8)))
         if zero:
             with utils.when(equal(before, number - 1)):
                 for i in range(zero):
                     store(base, i32(4 * i), i32(0))
 
 
-def counted(at: Value) -> Value:
+def arrive(at: Value) -> Value:
     """Add one to a counter in device memory, after all that this thread knows to be stored; what it was before."""
     return asm_volatile("fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;", at)
 

@@ -23,16 +23,17 @@ class Lanes:
     def nothing(self):
         return plgpu.layout_cast(jnp.zeros((128 * 4,), jnp.float32), private(4).layout)
 
-    def bring(self, phase, source, x, sums, norm, counter):
+    def bring(self, phase, source, x, sums, norm, waits):
+        """`waits` is a counter and what it must have reached."""
         from kernels import layer_lanes
 
-        some = [ref for ref in (norm, counter) if ref is not None]
+        some = [ref for ref in (norm, waits and waits[0]) if ref is not None]
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (3 + len(some)))
         def bring(_, source, x, sums, *some):
             scale = layer_lanes.scales(phase, some[0]) if phase.normed else None
-            if counter is not None:
-                layer_lanes.await_all(some[-1], self.kept.workers)
+            if waits is not None:
+                layer_lanes.await_all(some[-1], waits[1])
             layer_lanes.bring(self.kept, phase, source, x, sums, scale)
 
         bring(source, x, sums, *some)
@@ -113,8 +114,8 @@ class Plain:
     def nothing(self):
         return jnp.zeros((16, self.kept.rows), jnp.float32)
 
-    def bring(self, phase, source, x, sums, norm, counter):
-        del sums, counter
+    def bring(self, phase, source, x, sums, norm, waits):
+        del sums, waits
 
         @pl.when(self.mine)
         def _():

@@ -71,7 +71,7 @@ def layer_products(
 
 
 def layer_step(
-    qkv: Float[Array, "rows outputs"],
+    qkv: Float[Array, "rows projected"],
     x: Float[Array, "rows hidden"],
     cached: Cached,
     weights: Weights,

@@ -21,9 +21,6 @@ from kvjax.rope import angles
 
 Params = Any
 
-MOST_SLOTS = 2**30
-"""Slots up to which a layer's kernel sees them itself."""
-
 
 def fusible(blocks: list[Block], params: Params, x: Float[Array, "batch width hidden"]) -> bool:
     """Whether the kernel runs these layers, and the head, on the device at hand. One warning says why it does not."""
@@ -76,8 +73,8 @@ def _placed(block: Block, layer: Attends | None, positions, valid) -> tuple[Any,
     """Where a new token goes and what it meets, if attention to that may be part of the layer's kernel."""
     c = block.config
     turned = c.rope is not None and c.rope.rotary_dim in (None, c.head_dim) and not c.qk_norm
-    few = isinstance(layer, Placing) and positions.shape[1] == 1 and layer.k.shape[1] <= MOST_SLOTS
-    if not (few and turned) or block.accelerate.attention == "xla":
+    one = isinstance(layer, Placing) and positions.shape[1] == 1
+    if not (one and turned) or block.accelerate.attention == "xla":
         return None, None
     place = layer.place(positions, valid, block.mask)
     cos, sin = (part[:, 0] for part in angles(positions, c.rope, c.head_dim))

@@ -10,8 +10,8 @@ import pytest
 
 import kvjax
 from kernels import dispatch
-from kvjax import Acceleration, Precision, Transformer
-from kvjax.cache import Dense
+from kvjax import Acceleration, Precision, Transformer, fused
+from kvjax.cache import Dense, Quantized, Ring
 from kvjax.model import with_hidden
 from tests.tiny import tiny
 
@@ -33,10 +33,15 @@ def build(layers=None, precision=BFLOAT16, **changed):
     return model, kvjax.init_params(model, jax.random.key(0))
 
 
-def run(model, params, width):
+def close(x, y):
+    x, y = (z.astype(jnp.float32) for z in (x, y))
+    np.testing.assert_allclose(x, y, atol=0.02 * float(jnp.abs(y).max()) + 1e-6)
+
+
+def run(model, params, width, strategy):
     """Logits of a prompt and of what follows, the hidden states of that, and the cache."""
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    cache = Dense().init(model, batch=2, capacity=32)
+    cache = strategy.init(model, batch=2, capacity=32)
     first, cache = kvjax.prefill(model, params, cache, tokens[:, :8], jnp.asarray([8, 5]))
     return first, *jax.jit(with_hidden, static_argnums=0)(model, params, tokens[:, 8 : 8 + width], None, cache)
 
@@ -53,13 +58,8 @@ def test_the_numbers_are_those_of_layers_one_by_one(changed, width):
     model, params = build(**changed)
     params = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), params)  # biases too
     one_by_one = model.clone(accelerate=Acceleration(layers="xla"))
-    got, want = run(model, params, width), run(one_by_one, params, width)
+    got, want = run(model, params, width, Dense()), run(one_by_one, params, width, Dense())
     assert jax.tree.structure(got) == jax.tree.structure(want)
-
-    def close(x, y):
-        x, y = (z.astype(jnp.float32) for z in (x, y))
-        np.testing.assert_allclose(x, y, atol=0.02 * float(jnp.abs(y).max()) + 1e-6)
-
     jax.tree.map(close, got, want)
 
 
@@ -71,6 +71,34 @@ def test_a_step_has_a_kernel_a_layer(chosen, batch, kernels):
     cache = Dense().init(model, batch=batch, capacity=32)
     step = kvjax.decode_step.trace(model, params, cache, jnp.zeros(batch, jnp.int32))
     assert step.lower(lowering_platforms=("cuda",)).as_text().count("call @_layer") == kernels
+
+
+@NEEDED
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("strategy", "chosen", "changed", "whole"),
+    [
+        (Dense(), None, {}, True),
+        (Ring(8, 2), None, {"qkv_bias": True}, True),
+        (Dense(), "xla", {}, False),
+        (Dense(), None, {"qk_norm": True}, False),
+        (Dense(), None, {"head_dim": 32}, False),
+        (Quantized(8), None, {}, False),
+    ],
+    ids=["dense", "ring", "attention by XLA", "norms of heads", "small heads", "codes"],
+)
+def test_attention_is_part_of_the_kernel_where_it_can_be(strategy, chosen, changed, whole, monkeypatch):
+    steps = []
+    layer_step = fused.layer_step
+    monkeypatch.setattr(fused, "layer_step", lambda *args, **how: steps.append(args) or layer_step(*args, **how))
+    jax.clear_caches()
+    model, params = build(**({"head_dim": 64} | changed))
+    model = model.clone(accelerate=Acceleration(attention=chosen))
+    xla = model.clone(accelerate=Acceleration("xla", "xla"))
+    got, want = (run(m, params, 1, strategy) for m in (model, xla))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(close, got, want)
+    assert bool(steps) == whole
 
 
 @NEEDED

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from kernels import dispatch, layer_products
+from kernels.layer_attention import Cached, reach, stretch
 from kernels.layer_products import Weights, chunk, depth, refusal
+from kernels.reference import Mask
 from tests.kernels.marks import interpreted, on_hopper
 
 EPS = 1e-5
@@ -59,6 +62,107 @@ def test_the_kernel_on_a_gpu(sizes, rows):
     ours = jax.jit(lambda *args: layer_products.layer_products(*args, eps=EPS, backend="mosaic"))
     for _ in range(20):  # workers wait for each other: what goes wrong may do so seldom
         compare(ours(*given), want, 1e-2)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dim", "slots", "mask"),
+    [
+        ([140], (4, 2), 64, 150, Mask(0.1)),
+        ([70, 0, 100], (6, 2), 64, 100, Mask(0.1, window=30, sinks=2, softcap=5.0)),
+        ([299], (2, 1), 128, 300, Mask(0.1)),
+    ],
+    ids=["one", "window, sinks, cap, an empty row, a full one", "wide heads"],
+)
+def test_a_layer_with_its_attention_is_the_reference(lengths, heads, dim, slots, mask):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from kernels.layer_kernel import run_step
+
+    _, x, weights = draw(len(lengths), 128, heads[0] * dim, 128, 160)
+    qkv, cached = tokens(lengths, *heads, dim, slots)
+    want = layer_products.reference_step(qkv, x, emptied(cached, 0.0), weights, mask, EPS)
+    given = qkv, x, emptied(cached, jnp.nan), weights, mask
+    got = run_step(*given, eps=EPS, workers=7, interpret=plgpu.InterpretGPUParams())
+    compare(got[:2], want[:2], 1e-2)
+    for ours, theirs in zip(got[2:], want[2:], strict=True):
+        np.testing.assert_array_equal(jnp.nan_to_num(ours), theirs)
+    assert not jnp.array_equal(want[2], emptied(cached, 0.0).k)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dim", "slots", "mask"),
+    [
+        ([300], (9, 3), 64, 512, Mask(0.125)),
+        ([0], (9, 3), 64, 512, Mask(0.125)),
+        ([512], (9, 3), 64, 512, Mask(0.125)),
+        ([300, 0, 2047, 5, 17, 900, 1024, 63], (9, 3), 64, 2048, Mask(0.125)),
+        ([300, 0, 699], (9, 3), 64, 700, Mask(0.125, window=130, sinks=3, softcap=20.0)),
+        ([8000, 3], (16, 4), 128, 9001, Mask(0.09)),
+        ([40_000], (8, 8), 128, 40_960, Mask(0.09)),
+    ],
+    ids=str,
+)
+def test_a_layer_with_its_attention_on_a_gpu(lengths, heads, dim, slots, mask):
+    _, x, weights = draw(len(lengths), 576, heads[0] * dim, 1536, 960)
+    qkv, cached = tokens(lengths, *heads, dim, slots)
+    with jax.default_matmul_precision("highest"):
+        want = layer_products.reference_step(qkv, x, emptied(cached, 0.0), weights, mask, EPS)
+    ours = jax.jit(partial(layer_products.layer_step, eps=EPS, backend="mosaic"), static_argnums=4)
+    for _ in range(20):  # workers wait for each other: what goes wrong may do so seldom
+        got = ours(qkv, x, emptied(cached, jnp.nan), weights, mask)
+        compare(got[:2], want[:2], 1e-2)
+        for mine, theirs in zip(got[2:], want[2:], strict=True):
+            np.testing.assert_array_equal(jnp.nan_to_num(mine), theirs)
+
+
+def tokens(lengths, heads, kv_heads, dim, slots):
+    """Queries, keys and values of a new token of each row, and rows that hold `lengths` tokens."""
+    keys = list(jax.random.split(jax.random.key(slots), 3))
+    rows = len(lengths)
+    qkv = jax.random.normal(keys[0], (rows, (heads + 2 * kv_heads) * dim), jnp.bfloat16)
+    k, v = (jax.random.normal(key, (rows * kv_heads, slots, dim), jnp.bfloat16) for key in keys[1:])
+    at = jnp.asarray(lengths, jnp.int32)
+    nth = jnp.arange(slots, dtype=jnp.int32)[None]
+    angle = at[:, None].astype(jnp.float32) * 10_000.0 ** -(jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))[None]
+    held = jnp.where(nth < at[:, None], nth, -1)
+    return qkv, Cached(k, v, held, jnp.where(at < slots, at, -1), at, jnp.cos(angle), jnp.sin(angle))
+
+
+def emptied(cached, value):
+    """With this in the empty slots."""
+    empty = jnp.repeat(cached.slots < 0, cached.k.shape[0] // cached.slots.shape[0], axis=0)[..., None]
+    k, v = (jnp.where(empty, jnp.asarray(value, x.dtype), x) for x in (cached.k, cached.v))
+    return replace(cached, k=k, v=v)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda qkv, c: (qkv, replace(c, k=c.k.astype(jnp.float32))), "float32"),
+        (lambda qkv, c: (qkv, replace(c, cos=c.cos[:, :16], sin=c.sin[:, :16])), "turned as a whole"),
+        (lambda qkv, c: (jnp.tile(qkv, (1, 5)), c), "up to 8 queries"),
+    ],
+    ids=["dtype", "rotary", "group"],
+)
+def test_an_attention_that_the_kernel_does_not_take_is_refused_by_name(change, why):
+    qkv, cached = change(*tokens([3], 4, 2, 64, 16))
+    _, x, weights = draw(1, 64, qkv.shape[1] - 256, 64, 64)
+    with pytest.raises(ValueError, match=why):
+        layer_products.layer_step(qkv, x, cached, weights, Mask(0.1), eps=EPS, backend="mosaic")
+
+
+def test_the_slots_that_are_seen_are_in_reach_and_all_are_shared_out():
+    _, cached = tokens([300, 0, 640], 2, 1, 64, 640)
+    held, bounds = reach(cached, Mask(1.0, window=100))
+    assert bounds.tolist() == [[192, 301], [0, 1], [528, 640]]
+    assert held[0, 300] == 300 and held[0, 301] == -1
+    piece, count = stretch(bounds[:, 0], bounds[:, 1], 4)
+    assert piece.tolist() == [64, 64, 64] and count.tolist() == [2, 1, 2]
+    piece, count = stretch(jnp.asarray([0, 16]), jnp.asarray([640, 16]), 3)
+    assert piece.tolist() == [224, 64] and count.tolist() == [3, 1]
 
 
 def test_a_row_of_nan_is_its_own():
