@@ -41,7 +41,7 @@ def close(x, y):
 def run(model, params, width, strategy):
     """Logits of a prompt and of what follows, the hidden states of that, and the cache."""
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    cache = strategy.init(model, batch=2, capacity=32)
+    cache = strategy.init(model, batch=2, capacity=512)
     first, cache = kvjax.prefill(model, params, cache, tokens[:, :8], jnp.asarray([8, 5]))
     return first, *jax.jit(with_hidden, static_argnums=0)(model, params, tokens[:, 8 : 8 + width], None, cache)
 
