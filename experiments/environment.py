@@ -14,6 +14,8 @@ def describe() -> dict[str, object]:
     """Date, commit, versions and machine; a commit that cannot be told is None. Other results make nothing dirty."""
     import jax
 
+    from kvjax.accelerate.device import cores, cpu_model
+
     device = jax.devices()[0]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -27,7 +29,7 @@ def describe() -> dict[str, object]:
         "device": f"{device.platform}: {device.device_kind}",
         "cpu": cpu_model(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
     }
 
 
@@ -41,15 +43,6 @@ def metadata_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git(*args: str) -> str | None:

@@ -13,13 +13,15 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 
-from experiments.gpu_timing import COLD, copy_bandwidth, microseconds, parse_work, require_gpu
+from experiments.gpu_timing import parse_work, require_gpu
 from experiments.registry import Progress, Row
 from kernels.decode_attention import decode_attention, fitting
 from kernels.decode_packed import decode_packed, fitting_packed
 from kernels.decode_plan import plan
 from kernels.packed import Packed, dequantize, quantize
 from kernels.reference import Mask, attend
+from kvjax.accelerate import rates
+from kvjax.accelerate.timing import COLD, microseconds
 
 FAR = 1e-2
 """Largest error allowed, as a share of the result's norm: bfloat16 sums of bfloat16 products stay under 3e-3."""
@@ -62,7 +64,7 @@ class Config:
 def run(config: Config, progress: Progress) -> list[Row]:
     """A row for each work and kernel."""
     require_gpu("gpu_attention")
-    bandwidth = copy_bandwidth()
+    bandwidth = rates.bandwidth("add", "gpu")
     rows: list[Row] = []
     for i, work in enumerate(config.works):
         progress(work, i / len(config.works))

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.gpu_timing import parse_work, read_bandwidth, require_gpu
+from experiments.gpu_timing import parse_work, require_gpu
 from experiments.registry import Progress, Row
+from kvjax.accelerate import rates
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -80,7 +81,7 @@ class Config:
 def run(config: Config, progress: Progress) -> list[Row]:
     """A row for each model, work and engine."""
     require_gpu("gpu_model")
-    bandwidth = read_bandwidth()
+    bandwidth = rates.bandwidth("read", "gpu")
     rows: list[Row] = []
     for i, name in enumerate(config.models):
         model = shaped(name, config.weights)

@@ -17,6 +17,7 @@ from kvjax.version import __version__
 NEEDED = {
     "jax": "jax",
     "jaxlib": "jaxlib",
+    "filelock": "filelock",
     "flax": "flax",
     "numpy": "numpy",
     "jaxtyping": "jaxtyping",
@@ -37,6 +38,7 @@ OPTIONAL = {
     "beartype": "pip install -e '.[test]'",
     "hypothesis": "pip install -e '.[test]'",
     "outlines-core": "pip install -e '.[grammar]'",
+    "nvidia-ml-py": "pip install -e '.[gpu]'",
     "torch": "pip install -e '.[peers]'",
     "transformers": "pip install -e '.[peers]'",
     "llama-cpp-python": "pip install -e '.[peers]'",

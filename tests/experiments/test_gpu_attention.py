@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import gpu_attention, gpu_timing
+from experiments import gpu_attention
 from experiments.gpu_attention import KERNELS, Config
 from kernels.packed import attend_packed
 from kernels.reference import Mask
@@ -29,7 +29,7 @@ def clock(monkeypatch):
     monkeypatch.setitem(KERNELS, "cuDNN", lambda *args: (_cudnn(*args)[0], lambda *x: attention(*x, "xla")))
     monkeypatch.setattr(gpu_attention, "require_gpu", lambda name: None)
     monkeypatch.setattr(gpu_attention, "COLD", 200_000)
-    monkeypatch.setattr(gpu_attention, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(gpu_attention.rates, "bandwidth", lambda form, platform: 1e9)
     times = iter([[100.0, 110.0], [200.0, 210.0], [90.0, 100.0], [190.0, 200.0]])
     seen = []
     monkeypatch.setattr(
@@ -82,9 +82,3 @@ def test_settings_are_checked():
             Config((work,), ())
     with pytest.raises(ValueError, match="`kernels` must be among kvjax, cuDNN, einsum"):
         Config((), ("triton",))
-
-
-def test_a_call_is_all_its_kernels():
-    assert gpu_timing.summed([0.001, 0.002, 0.003, 0.004], 2) == pytest.approx([3.0, 7.0])
-    with pytest.raises(RuntimeError, match="2 calls ran 3 kernels"):
-        gpu_timing.summed([0.001] * 3, 2)
