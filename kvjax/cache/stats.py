@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.cache.backend import backends
 from kvjax.cache.base import Cache, nbytes
 from kvjax.cache.pages import Pages
 from kvjax.cache.shared import Prefix
-from kvjax.pytree import pytree
+from kvjax.pytree import pytree, static
+
+if TYPE_CHECKING:
+    from kvjax.model import Transformer
 
 
 @pytree
@@ -21,6 +27,8 @@ class Stats:
         bytes: of the layer's arrays, in equal shares for its rows.
         fill: share of the row's slots in use, 0 to 1.
         age: tokens taken in since a held one was, in the mean; 0 where none is held.
+        backend: of each layer, what runs the attention of a decode step on the device at hand, `"mosaic"` (a kernel
+            of ours) or `"xla"`; static, for it is part of the program.
     """
 
     hits: Int[Array, "batch"]
@@ -29,13 +37,17 @@ class Stats:
     bytes: Float[Array, "layers batch"]
     fill: Float[Array, "layers batch"]
     age: Float[Array, "layers batch"]
+    backend: tuple[str, ...] = static()
 
 
-def stats(cache: Cache) -> Stats:
+def stats(cache: Cache, model: Transformer | None = None) -> Stats:
     """Works inside jit, and costs no more than a look at the positions of slots.
 
     All but hits and misses follow from what the slots hold now, so no counter can be wrong after a fork, a restore or
     an eviction.
+
+    Args:
+        model: whose cache it is, for `backend`; None for one that computes in the cache's dtype.
     """
     layers = cache.opened(jnp.zeros(cache.batch, jnp.int32))[0].layers
     evictions, fill, age = [], [], []
@@ -51,7 +63,7 @@ def stats(cache: Cache) -> Stats:
     pages = _pages(cache)
     nothing = jnp.zeros(cache.batch, jnp.int32)
     hits, misses = (nothing, nothing) if pages is None else (pages.hits, pages.misses)
-    return Stats(hits, misses, *(jnp.stack(rows) for rows in (evictions, share, fill, age)))
+    return Stats(hits, misses, *(jnp.stack(rows) for rows in (evictions, share, fill, age)), backends(cache, model))
 
 
 def _pages(cache: Cache) -> Pages | None:

@@ -1,0 +1,73 @@
+"""What runs attention is read off the traced program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kvjax
+from kernels import attention
+from kvjax.cache import Dense, Paged, Quantized, Ring, backend, stats
+from kvjax.cache.backend import backends, has_kernel, traced
+from tests.strategies import CACHES
+from tests.tiny import tiny
+
+BFLOAT16 = kvjax.Precision(compute="bfloat16", cache="bfloat16")
+CONFIG = kvjax.ModelConfig(
+    "llama", vocab=61, hidden=64, intermediate=48, heads=8, kv_heads=2, head_dim=64, max_positions=2048,
+    windows=(None, 304),
+)  # fmt: skip
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if JAX ran on an H100."""
+    backend._backend.cache_clear()
+    monkeypatch.setattr(backend, "_platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "hopper", lambda: True)
+    yield
+    backend._backend.cache_clear()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_on_a_cpu_it_is_xla(name):
+    model, _ = tiny()
+    cache = CACHES[name].init(model, batch=3, capacity=40)
+    figures = jax.jit(stats)(cache)
+    assert figures.backend == stats(cache, model).backend == ("xla", "xla")
+    assert "xla" not in map(str, jax.tree.leaves(figures))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels are traced with JAX 0.11.2 and later")
+def test_on_a_hopper_gpu_it_is_our_kernel_where_it_suits(hopper):
+    model = kvjax.Transformer(CONFIG, BFLOAT16)
+    dense = Dense().init(model, batch=2, capacity=1024)
+    assert backends(dense) == backends(dense, model) == ("mosaic", "mosaic")
+    assert stats(dense, model).backend == ("mosaic", "mosaic")
+    assert backends(Dense().init(model, batch=2, capacity=64)) == ("xla", "xla")  # too few slots to pay
+    assert backends(dense, model.clone(accelerate=kvjax.Acceleration("xla"))) == ("xla", "xla")
+    ring = Ring(window=300, sinks=4).init(model, batch=2, capacity=1024)
+    assert backends(ring) == ("mosaic", "mosaic")
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels are traced with JAX 0.11.2 and later")
+def test_a_model_that_computes_in_float32_is_left_to_xla(hopper):
+    model = kvjax.Transformer(CONFIG, kvjax.Precision(cache="bfloat16"))
+    attention._told.clear()
+    with pytest.warns(UserWarning, match="attention is left to XLA"):
+        assert backends(Dense().init(model, batch=2, capacity=1024), model) == ("xla", "xla")
+
+
+@pytest.mark.parametrize("strategy", [Dense(), Paged(page=16), Quantized(4)], ids=lambda s: type(s).__name__)
+def test_programs_of_xla_have_no_kernel(strategy):
+    model = kvjax.Transformer(CONFIG, BFLOAT16)
+    cache = strategy.init(model, batch=2, capacity=1024)
+    opened = jax.eval_shape(lambda cache: cache.opened(jnp.ones(2, jnp.int32))[0], cache)
+    assert not has_kernel(traced(opened.layers[1], CONFIG, 1, 2, ("bfloat16", "xla")))
+
+
+def test_a_layer_is_traced_once(hopper, monkeypatch):
+    times = []
+    monkeypatch.setattr(backend, "traced", lambda *args: times.append(args))
+    monkeypatch.setattr(backend, "has_kernel", lambda program: True)
+    cache = Dense().init(kvjax.Transformer(CONFIG, BFLOAT16), batch=2, capacity=1024)
+    assert backends(cache) == backends(cache) == ("mosaic", "mosaic") and len(times) == 2
