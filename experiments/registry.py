@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "decode": "experiments.decode",
     "gpu_attention": "experiments.gpu_attention",
     "gpu_model": "experiments.gpu_model",
+    "gpu_tune": "experiments.gpu_tune",
     "prefix_trace": "experiments.prefix_trace",
     "train_draft": "experiments.train_draft",
 }

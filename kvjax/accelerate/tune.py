@@ -40,7 +40,7 @@ class Operation(Generic[Config]):
         name: under which its winners are kept.
         call: from a config, a frozen dataclass, and inputs to a result; jitted here.
         reference: from the same inputs to what the result must be, of the same structure.
-        far: largest error of any row of a result, as a share of that row's norm.
+        far: largest error of any row of a result, as a share of that row's norm; one for each array of the result.
         arrange: from a config and inputs to what `call` is given, for what depends on the config but is made once for
             many calls; not timed.
     """
@@ -48,7 +48,7 @@ class Operation(Generic[Config]):
     name: str
     call: Callable[..., Any]
     reference: Callable[..., Any]
-    far: float = 1e-2
+    far: tuple[float, ...] = (1e-2,)
     arrange: Callable[..., tuple] = _as_they_are
 
 
@@ -75,13 +75,13 @@ class Trial(Generic[Config]):
 
     Args:
         us: microseconds of every call that was timed; the median is what counts.
-        error: the largest of any row, as `Operation.far` has it; None if it did not come to that.
+        errors: the largest of any row, as `Operation.far` has them; empty if it did not come to that.
         refused: why it cannot win; None if it can.
     """
 
     config: Config
     us: tuple[float, ...] = ()
-    error: float | None = None
+    errors: tuple[float, ...] = ()
     refused: str | None = None
 
     @property
@@ -158,8 +158,8 @@ def draw_cold(case: Case, calls: int, cold: int | None = None, seed: int = 0) ->
     return [first, *(case.draw(jax.random.fold_in(key, i)) for i in range(1, count))]
 
 
-def row_error(got: Any, want: Any) -> float:
-    """Largest error of any row (the last axis) of any array of a result, as a share of that row's norm.
+def row_errors(got: Any, want: Any) -> tuple[float, ...]:
+    """Of each array of a result the largest error of any row (its last axis), as a share of that row's norm.
 
     A row that should be zero must be; infinities must be where they should be. NaN is infinitely far.
 
@@ -168,12 +168,10 @@ def row_error(got: Any, want: Any) -> float:
     """
     if jax.tree.structure(got) != jax.tree.structure(want):
         raise ValueError(f"expected a result like {jax.tree.structure(want)}, got {jax.tree.structure(got)}")
-    worst = 0.0
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        if a.shape != b.shape:
-            raise ValueError(f"expected a result of shape {b.shape}, got {a.shape}")
-        worst = max(worst, float(_worst(a, b)))
-    return worst
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    if wrong := [(a.shape, b.shape) for a, b in pairs if a.shape != b.shape]:
+        raise ValueError(f"expected a result of shape {wrong[0][1]}, got {wrong[0][0]}")
+    return tuple(float(_worst(a, b)) for a, b in pairs)
 
 
 def row_of(operation: str, case: Case, trials: Sequence[Trial[Any]], bound_us: float, **more: Any) -> dict[str, Any]:
@@ -195,7 +193,7 @@ def row_of(operation: str, case: Case, trials: Sequence[Trial[Any]], bound_us: f
         "us": best.median,
         "range": [min(best.us), max(best.us)],
         "share": bound_us / best.median,
-        "error": best.error,
+        "errors": list(best.errors),
         "tried": len(trials),
         "refused": sum(trial.refused is not None for trial in trials),
         **more,
@@ -215,10 +213,14 @@ def _checked(operation: Operation[Config], config: Config, inputs: list[tuple], 
 
 
 def _judged(operation: Operation[Config], trial: Trial[Config], got: list, wants: list) -> Trial[Config]:
-    error = max(row_error(a, b) for a, b in zip(got, wants, strict=True))
-    if error <= operation.far:
-        return replace(trial, error=max(error, trial.error or 0.0))
-    return replace(trial, error=error, refused=f"expected an error up to {operation.far}, got {error:.3g}")
+    each = [row_errors(a, b) for a, b in zip(got, wants, strict=True)] + ([trial.errors] if trial.errors else [])
+    errors = tuple(max(some) for some in zip(*each, strict=True))
+    if len(errors) != len(operation.far):
+        raise ValueError(f"`far` of {operation.name} must have {len(errors)} entries, got {operation.far}")
+    if all(error <= far for error, far in zip(errors, operation.far, strict=True)):
+        return replace(trial, errors=errors)
+    spelled = ", ".join(f"{error:.3g}" for error in errors)
+    return replace(trial, errors=errors, refused=f"expected errors up to {operation.far}, got {spelled}")
 
 
 @jax.jit
