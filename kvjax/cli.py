@@ -122,11 +122,14 @@ class Doctor:
 
     json: bool = False
     """Print one JSON object."""
+    measure: bool = False
+    """Measure this device's memory, products and launches first, and keep the figures; it should have nothing else to
+    do for these seconds."""
 
     def run(self) -> int:
         from kvjax.terminal.doctor import run
 
-        return run(self.json)
+        return run(self.json, measure=self.measure)
 
 
 @dataclass(frozen=True)

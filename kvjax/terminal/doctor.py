@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import tempfile
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -53,15 +54,19 @@ RUN_BY = {
 """What runs attention, for a person."""
 
 
-def run(as_json: bool) -> int:
+def run(as_json: bool, *, measure: bool = False) -> int:
     """Print the examination; 0 if the main job can run, 1 otherwise."""
-    found = examine()
+    found = examine(measure=measure)
     print(json.dumps(found, indent=2) if as_json else as_text(found))
     return 0 if found["ok"] else 1
 
 
-def examine() -> dict:
-    """Everything `doctor` says, as plain data."""
+def examine(*, measure: bool = False) -> dict:
+    """Everything `doctor` says, as plain data.
+
+    Args:
+        measure: the device, anew, where it can be.
+    """
     versions = {"kvjax": __version__, "python": platform.python_version(), **{name: version(name) for name in NEEDED}}
     missing = {name: f"pip install {name}" for name, module in NEEDED.items() if not _importable(module)}
     devices, trouble = _devices() if "jax" not in missing and "jaxlib" not in missing else ([], None)
@@ -85,6 +90,7 @@ def examine() -> dict:
         "default_model": sorted(path.name for path in (folder / "models").glob("*.gguf")),
         "compile_cache": _compile_cache(),
         "kernels": kernels,
+        "accelerate": _accelerate(measure) if devices and not missing else None,
         "missing": missing,
         "installs": {name: line for name, line in OPTIONAL.items() if version(name) is None},
     }
@@ -109,10 +115,41 @@ def as_text(found: dict) -> str:
         f"  {'kernels':<18}{kernels['version'] or 'missing'} at {kernels['path']}",
         f"  {'attention':<18}{RUN_BY[kernels['attention']]}",
     ]
+    lines += [f"  {name:<18}{line}" for name, line in accelerate_lines(found["accelerate"])]
     lines += [f"missing: {name}. {line}" for name, line in found["missing"].items()]
     lines += [f"for more: {line}" for line in dict.fromkeys(found["installs"].values())]
     lines += ["the main job can run" if found["ok"] else "the main job cannot run"]
     return "\n".join(lines)
+
+
+def accelerate_lines(found: dict | None) -> list[tuple[str, str]]:
+    """What is known of the device, in a few lines; nothing where it was not looked at."""
+    if found is None:
+        return []
+    lines = [("device facts", _spelled(found["facts"]))]
+    if rows := sum(found["tuned"].values()):
+        lines += [("tuned kernels", f"{rows} shapes, {found['tuned']['user']} of them your own")]
+    else:
+        lines += [("tuned kernels", "none; on a Hopper GPU: kvjax experiment gpu_tune")]
+    for gpu in found["gpus"]:
+        busy = "" if gpu["utilisation"] is None else f", busy {gpu['utilisation']:.0%}"
+        lines += [("gpu now", f"{gpu['name']}: {size(gpu['used'])} of {size(gpu['total'])}{busy}")]
+    if not found["gpus"]:
+        lines += [("gpu now", found["no_gpus"])]
+    return lines
+
+
+def _spelled(facts: dict | None) -> str:
+    if facts is None:
+        return "not measured: kvjax doctor --measure"
+    from kvjax.accelerate import Facts
+
+    known = Facts(**facts)
+    return (
+        f"reads {known.read / 1e9:,.0f} GB/s, copies {known.copy / 1e9:,.0f} GB/s, multiplies "
+        f"{known.flops['bfloat16'] / 1e12:.3g} (bfloat16) and {known.flops['float32'] / 1e12:.3g} (float32) TFLOP/s, "
+        f"launches in {1e6 * known.launch:.2g} µs, calls in {1e6 * known.call:.2g} µs ({known.date[:10]})"
+    )
 
 
 def version(distribution: str) -> str | None:
@@ -161,6 +198,24 @@ def _compile_cache() -> dict:
         return {"path": None, "writable": False}
     path = Path(chosen) if chosen else cache_dir() / "compiled"
     return {"path": str(path), "writable": writable(path)}
+
+
+def _accelerate(measure: bool) -> dict:
+    """Facts of the device, how many shapes are tuned for it, and what NVIDIA's driver says."""
+    import jax
+
+    from kvjax.accelerate import facts, gpus, stored_facts, table
+    from kvjax.accelerate.device import device_name
+    from kvjax.accelerate.table import SHIPPED
+
+    name, seen = device_name(jax.devices()[0]), gpus()
+    known = facts(again=True) if measure else stored_facts()
+    return {
+        "facts": None if known is None else asdict(known),
+        "tuned": {"user": len(table(name)), "package": len(table(name, SHIPPED))},
+        "gpus": [asdict(gpu) for gpu in seen.gpus],
+        "no_gpus": seen.missing,
+    }
 
 
 def _kernels(started: bool) -> dict:

@@ -107,7 +107,7 @@ def test_the_default_is_tried_first_and_tiles_of_codes_have_as_many_bytes():
 @interpreted
 @pytest.mark.parametrize("kernel", SHAPES)
 def test_configs_lower_for_a_gpu(kernel):
-    """And what comes out has the reference's shapes. The largest, with more stages, do not fit: those the tuner refuses."""
+    """And give the reference's shapes. The largest, with more stages, do not fit: those the tuner refuses."""
     small = Config((kernel,), ("1x8192",), ("1x2048",))
     (shape,) = every_shape(small)
     inputs = jax.eval_shape(shape.case.draw, jax.random.key(0))

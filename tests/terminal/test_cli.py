@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -255,6 +256,36 @@ def test_doctor(home):
     assert found["devices"] and found["kernels"]["path"].endswith("kernels/__init__.py")
     assert found["cache_folder"]["path"] == str(home) and found["compile_cache"]["writable"]
     assert all(line.startswith("pip install") for line in found["installs"].values())
+
+
+def test_doctor_says_what_the_device_can_do_once_it_is_measured(home, monkeypatch, capsys):
+    from kvjax.terminal import doctor
+    from tests.accelerate.test_facts import module
+    from tests.accelerate.test_roofline import FACTS
+
+    monkeypatch.setenv("KVJAX_CACHE", str(home))
+    found = replace(FACTS, bandwidths={"read": 3e12, "add": 2e12, "copy": 2.5e12, "update": 1e12}, date="2026-01-02T03")
+    found = replace(found, flops={"bfloat16": 7e14, "float32": 4e14}, launch=2e-6, call=1e-5)
+    monkeypatch.setattr(module, "measure", lambda device, tell: found)
+    assert doctor.run(as_json=False) == 0
+    assert "not measured: kvjax doctor --measure" in capsys.readouterr().out
+    assert doctor.run(as_json=False, measure=True) == doctor.run(as_json=False) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "device facts" in line]
+    assert len(told) == 2 and told[0] == told[1]
+    assert "reads 3,000 GB/s, copies 2,500 GB/s, multiplies 700 (bfloat16) and 400 (float32) TFLOP/s" in told[0]
+    assert "launches in 2 µs, calls in 10 µs (2026-01-02)" in told[0]
+
+
+def test_doctor_counts_tuned_shapes_and_gpus():
+    from kvjax.terminal.doctor import accelerate_lines
+
+    gpu = {"name": "NVIDIA H200", "used": 2 * 10**9, "total": 150 * 10**9, "utilisation": 0.97}
+    found = {"facts": None, "tuned": {"user": 2, "package": 5}, "gpus": [gpu], "no_gpus": None}
+    lines = dict(accelerate_lines(found))
+    assert lines["tuned kernels"] == "7 shapes, 2 of them your own"
+    assert lines["gpu now"] == "NVIDIA H200: 2.0 GB of 150.0 GB, busy 97%"
+    none = {"facts": None, "tuned": {"user": 0, "package": 0}, "gpus": [], "no_gpus": "no driver"}
+    assert dict(accelerate_lines(none))["gpu now"] == "no driver" and accelerate_lines(None) == []
 
 
 def test_doctor_tells_a_shadowed_kernels_and_a_missing_part(tmp_path, monkeypatch, capsys):
