@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvjax.accelerate.roofline import Work
+
 Span = tuple[float, float]
 """Begin and end, in nanoseconds of the trace's clock."""
 
@@ -33,6 +35,10 @@ class Kernel:
     count: int
     us: float
 
+    def bandwidth(self, work: Work) -> float:
+        """Bytes a second, if each run does `work`."""
+        return work.bytes * self.count / (1e-6 * self.us)
+
 
 @dataclass(frozen=True)
 class Utilisation:
@@ -51,6 +57,10 @@ class Utilisation:
     busy: float
     copying: float
     kernels: tuple[Kernel, ...]
+
+    def bandwidth(self, work: Work, times: int = 1) -> float:
+        """Bytes a second over all of `seconds`, the idle ones too, if `work` was done so many times in them."""
+        return work.bytes * times / self.seconds
 
 
 def utilisation(trace: str | Path, *, within: str | None = None, most: int = 20) -> tuple[Utilisation, ...]:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.profiler import ProfileData
 
+from kvjax.accelerate.roofline import Work
 from kvjax.accelerate.utilisation import Kernel, clipped, union, utilisation
 
 GPU = """
@@ -54,6 +55,12 @@ def test_streams_that_overlap_count_once(trace):
     assert found.busy == pytest.approx(0.6) and found.copying == pytest.approx(0.1)
     assert found.kernels == (Kernel("product", 2, 0.5), Kernel("attend", 2, 0.2))
     assert len(utilisation(trace, most=1)[0].kernels) == 1
+
+
+def test_bytes_a_second_that_were_reached(trace):
+    (found,) = utilisation(trace)
+    assert found.bandwidth(Work(0, 300), times=2) == pytest.approx(600 / 1e-6)
+    assert found.kernels[1].bandwidth(Work(0, 300)) == pytest.approx(600 / 0.2e-6)
 
 
 def test_only_what_ran_inside_an_annotation(trace):
