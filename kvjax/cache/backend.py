@@ -27,19 +27,16 @@ KERNELS = ("mpmd_map", "core_map", "pallas_call")
 def backends(cache: Cache, model: Transformer | None = None) -> tuple[str, ...]:
     """Of each layer, what runs the attention of a decode step on the device at hand: `"mosaic"` or `"xla"`.
 
-    Layers of one shape are traced once in a process. Works inside jit: only shapes count.
+    Caches of one shape are looked at once in a process, and layers that are alike once. Works inside jit.
 
     Args:
         model: whose queries they are; None for a model that computes in the cache's dtype and asks for no backend.
     """
-    opened = jax.eval_shape(lambda cache: cache.opened(jnp.ones(cache.batch, jnp.int32))[0], cache)
+    if _platform() not in ("gpu", "cuda"):
+        return ("xla",) * len(cache.layers)
     settings = None if model is None else (model.precision.compute, model.accelerate.attention)
-    found = []
-    for index, layer in enumerate(opened.layers):
-        leaves, tree = jax.tree.flatten(layer)
-        shapes = tuple((x.shape, x.dtype) for x in leaves)
-        found.append(_backend(tree, shapes, cache.config, index, cache.batch, settings, _platform()))
-    return tuple(found)
+    leaves, tree = jax.tree.flatten(cache)
+    return _backends(tree, tuple((x.shape, x.dtype) for x in leaves), settings)
 
 
 def _platform() -> str:
@@ -48,18 +45,27 @@ def _platform() -> str:
     return getattr(chosen, "platform", chosen) or jax.default_backend()
 
 
-@lru_cache(maxsize=256)
-def _backend(
-    tree, shapes, config: ModelConfig, index: int, batch: int, settings: Settings | None, platform: str
-) -> str:
-    if platform not in ("gpu", "cuda"):
-        return "xla"
-    layer = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
-    return "mosaic" if has_kernel(traced(layer, config, index, batch, settings)) else "xla"
+@lru_cache(maxsize=64)
+def _backends(tree: Any, shapes: tuple, settings: Settings | None) -> tuple[str, ...]:
+    """Of a cache of this structure, and arrays of these shapes and dtypes."""
+    cache = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*each) for each in shapes])
+    opened = jax.eval_shape(lambda cache: cache.opened(jnp.ones(cache.batch, jnp.int32))[0], cache)
+    known: dict[Any, str] = {}
+    found = []
+    for layer, window in zip(opened.layers, cache.config.windows, strict=True):
+        leaves, kind = jax.tree.flatten(layer)
+        alike = kind, window, tuple((x.shape, x.dtype) for x in leaves)
+        if alike not in known:
+            program = traced(layer, cache.config, window, cache.batch, settings)
+            known[alike] = "mosaic" if has_kernel(program) else "xla"
+        found.append(known[alike])
+    return tuple(found)
 
 
-def traced(layer: Any, config: ModelConfig, index: int, batch: int, settings: Settings | None = None) -> core.Jaxpr:
-    """The program of one token's attention to the model's opened layer `index`, of which only shapes are needed.
+def traced(
+    layer: Any, config: ModelConfig, window: int | None, batch: int, settings: Settings | None = None
+) -> core.Jaxpr:
+    """The program of one token's attention to an opened layer with this window, of which only shapes are needed.
 
     Args:
         settings: dtype of the queries and the backend asked for; None for the layer's own dtype and no backend.
@@ -67,7 +73,7 @@ def traced(layer: Any, config: ModelConfig, index: int, batch: int, settings: Se
     c = config
     scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
     dtype, asked = (_dtype(layer), None) if settings is None else settings
-    mask = Mask(scale, c.windows[index], softcap=c.attention_softcap, backend=asked)
+    mask = Mask(scale, window, softcap=c.attention_softcap, backend=asked)
     q, kv = (jax.ShapeDtypeStruct((batch, 1, heads, c.head_dim), dtype) for heads in (c.heads, c.kv_heads))
     at, valid = (jax.ShapeDtypeStruct((batch, 1), kind) for kind in (jnp.int32, jnp.bool_))
     step = jax.make_jaxpr(lambda layer, q, k, v, at, valid: layer.attend(q, k, v, at, valid, mask))
