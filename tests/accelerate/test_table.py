@@ -1,13 +1,11 @@
 """Tables of winners: two tuners lose nothing, and what is damaged is left alone."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kernels import tuned
-from kvjax.accelerate import storage
 from kvjax.accelerate.table import find_row, keep_row, table, table_file, user_folder
 
 
@@ -62,21 +60,6 @@ def test_a_row_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sizes above 0"):
         keep_row(row(0), "chip", tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_write_that_fails_leaves_the_old(tmp_path, monkeypatch):
-    path = tmp_path / "file.json"
-    storage.write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
-        storage.write_json(path, {"a": float("nan")})
-
-    def full(source, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(storage.os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        storage.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("settings", [{"KVJAX_CACHE": "~/mine"}, {"XDG_CACHE_HOME": "/x"}, {}])

@@ -14,7 +14,7 @@ from kernels.prefill_attention import Blocks
 from kernels.reference import Mask, attend
 from kvjax import cli
 from kvjax.accelerate.table import SHIPPED, table
-from tests.accelerate.test_roofline import FACTS
+from tests.accelerate.made_up import FACTS
 from tests.kernels.marks import interpreted
 
 SMALL = Config(

@@ -260,8 +260,8 @@ def test_doctor(home):
 
 def test_doctor_says_what_the_device_can_do_once_it_is_measured(home, monkeypatch, capsys):
     from kvjax.terminal import doctor
+    from tests.accelerate.made_up import FACTS
     from tests.accelerate.test_facts import module
-    from tests.accelerate.test_roofline import FACTS
 
     monkeypatch.setenv("KVJAX_CACHE", str(home))
     found = replace(FACTS, bandwidths={"read": 3e12, "add": 2e12, "copy": 2.5e12, "update": 1e12}, date="2026-01-02T03")
