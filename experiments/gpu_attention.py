@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from experiments.gpu_timing import parse_work, require_gpu
 from experiments.registry import Progress, Row
-from kernels.decode_attention import decode_attention, fitting
-from kernels.decode_packed import decode_packed, fitting_packed
+from kernels.decode_attention import chosen, decode_attention
+from kernels.decode_packed import chosen_packed, decode_packed
 from kernels.decode_plan import plan
 from kernels.packed import Packed, dequantize, quantize
 from kernels.reference import Mask, attend
@@ -132,9 +132,14 @@ def _error(config: Config, out, draw) -> float:
     return float(jnp.linalg.norm(out.astype(jnp.float32).reshape(want.shape) - want) / jnp.linalg.norm(want))
 
 
+def _sizes(config: Config, batch: int, context: int) -> tuple[int, int, int, int]:
+    """By which a tiling is chosen."""
+    return config.head_dim, config.heads // config.kv_heads, batch * config.kv_heads, context
+
+
 def _ours(config: Config, batch: int, context: int):
     """The plan is made once a step for all layers, so it is not in the time."""
-    mask, tiling = Mask(config.head_dim**-0.5), fitting(config.head_dim, batch * config.kv_heads)
+    mask, tiling = Mask(config.head_dim**-0.5), chosen(*_sizes(config, batch, context))
     at, slots = _places(batch, context)
     work = jax.jit(plan, static_argnums=(2, 3, 4))(at, slots, mask, config.kv_heads, tiling)
 
@@ -147,7 +152,7 @@ def _ours(config: Config, batch: int, context: int):
 def _packed(bits: int):
     def contender(config: Config, batch: int, context: int):
         """One float16 scale a token for keys and for values; the plan as in `_ours`."""
-        mask, tiling = Mask(config.head_dim**-0.5), fitting_packed(config.head_dim, batch * config.kv_heads, bits)
+        mask, tiling = Mask(config.head_dim**-0.5), chosen_packed(*_sizes(config, batch, context), bits)
         at, slots = _places(batch, context)
         work = jax.jit(plan, static_argnums=(2, 3, 4))(at, slots, mask, config.kv_heads, tiling)
         pack = jax.jit(lambda x: quantize(x, bits))

@@ -57,7 +57,7 @@ class Config:
         works: `BATCHxCONTEXT`: rows, and tokens each has in the cache before the first step.
         weights: dtype of weights, activations, keys and values.
         steps: of a turn, one compiled loop.
-        turns: in which the engines follow each other, after one that warms up.
+        turns: in which the engines follow each other, after two that warm up.
     """
 
     models: tuple[str, ...]
@@ -128,7 +128,9 @@ def measured(config: Config, name: str, model, params, batch: int, context: int,
     for engine in config.engines:
         cache, step = ENGINES[engine](model, batch, capacity, context)
         loop = jax.jit(partial(_steps, step, config.steps), donate_argnums=1).lower(params, cache, tokens).compile()
-        ready[engine] = [loop, loop(params, cache, tokens)[0]]
+        for _ in range(2):  # in the second call XLA makes its graphs
+            cache, token = loop(params, cache, tokens)
+        ready[engine] = [loop, jax.block_until_ready(cache)]
     times: dict[str, list[float]] = {engine: [] for engine in ready}
     for _ in range(config.turns):
         for engine, state in ready.items():

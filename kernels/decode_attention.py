@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from kernels import dispatch
 from kernels.decode_kernel import run
 from kernels.decode_parts import EIGHT, other_dtypes
 from kernels.decode_plan import Plan, Tiling, plan
 from kernels.reference import ROWS, Mask, Partial
+from kernels.tuned import tuned
 
 
 def decode_attention(
@@ -42,7 +44,8 @@ def decode_attention(
         raise ValueError(f"decode_attention: {why}")
     rows, _, dim = k.shape
     kv_heads = rows // q.shape[0]
-    tiling = tiling or fitting(dim, rows)
+    if tiling is None:
+        tiling = _chosen(q, k) if work is None else fitting(dim, rows)
     work = work or plan(positions, slots, mask, kv_heads, tiling)
     out, lse = run(_folded(q, kv_heads), k, v, work, mask, tiling=tiling, kv_heads=kv_heads, interpret=interpret)
     return _unfolded(out, lse, q)
@@ -75,7 +78,7 @@ def decode_append(
     to = jnp.where(to < held, to, -1)
     slots = jnp.where(jnp.arange(held)[None] == to[:, None], -1, slots)  # what is overwritten is not seen
     kv_heads = rows // q.shape[0]
-    tiling = tiling or fitting(dim, rows)
+    tiling = tiling or _chosen(q, k)
     work = plan(positions, slots, mask, kv_heads, tiling)
     new = (new_k[:, 0].astype(k.dtype), new_v[:, 0].astype(v.dtype), to)
     folded = _folded(q, kv_heads)
@@ -128,11 +131,26 @@ def refusal(
     return None
 
 
-def fitting(head_dim: int, rows: int, most: int = 132) -> Tiling:
+def _chosen(q, k) -> Tiling:
+    rows, held, dim = k.shape
+    return chosen(dim, q.shape[0] * q.shape[2] // rows, rows, held, str(k.dtype))
+
+
+def chosen(head_dim: int, queries: int, rows: int, slots: int, dtype: str = "bfloat16") -> Tiling:
+    """What was fastest for such a shape on the device at hand, or `fitting`."""
+    exact = {"dtype": dtype, "head_dim": head_dim, "queries": queries, "rows": rows}
+    return tuned("decode", fitting(head_dim, rows), exact=exact, sizes={"slots": slots})
+
+
+def fitting(head_dim: int, rows: int, most: int | None = None) -> Tiling:
     """Two stages of 32 KiB or more in flight: on an H100 each further stage made reading slower, not faster.
 
     A few workers fewer, so that rows of one length end where pieces do: 132 workers took 189 µs for 32 rows of 4,096
     tokens in 8 heads, 128 workers 181.
+
+    Args:
+        most: workers that run at once; one for each of the GPU's multiprocessors if None.
     """
+    most = most or dispatch.cores()
     workers = next((n for n in range(most, most - most // 8, -1) if n % rows == 0 or rows % n == 0), most)
     return Tiling(128 if head_dim < 128 else 64, 2, workers, whole=2)

@@ -7,10 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import dispatch
 from kernels.decode_packed_kernel import run
 from kernels.decode_plan import Plan, Tiling, plan
 from kernels.packed import BITS, Packed
 from kernels.reference import Mask, Partial
+from kernels.tuned import tuned
 
 UNIT = 128
 """Rows of bytes in a tile, or a multiple of it: sixteen for each of eight warps."""
@@ -51,7 +53,12 @@ def decode_packed(
     batch, width, heads, dim = q.shape
     rows = k.codes.shape[0]
     kv_heads, group = rows // batch, heads * batch // rows
-    tiling = tiling or fitting_packed(dim, rows, k.bits)
+    if tiling is None:
+        tiling = (
+            chosen_packed(dim, group, rows, slots.shape[1], k.bits)
+            if work is None
+            else fitting_packed(dim, rows, k.bits)
+        )
     if tiling.tile * k.bits // 8 % UNIT or UNIT % k.span:
         raise NotImplementedError(
             f"decode_packed: expected tiles of a multiple of {UNIT * 8 // k.bits} slots and groups that divide that, "
@@ -110,7 +117,14 @@ def plan_packed(
     return plan(positions, slots, mask, rows // slots.shape[0], tiling or fitting_packed(dim, rows, k.bits))
 
 
-def fitting_packed(head_dim: int, rows: int, bits: int, most: int = 132) -> Tiling:
+def chosen_packed(head_dim: int, queries: int, rows: int, slots: int, bits: int) -> Tiling:
+    """What was fastest for such a shape on the device at hand, or `fitting_packed`."""
+    exact = {"dtype": f"int{bits}", "head_dim": head_dim, "queries": queries, "rows": rows}
+    return tuned("decode_packed", fitting_packed(head_dim, rows, bits), exact=exact, sizes={"slots": slots})
+
+
+def fitting_packed(head_dim: int, rows: int, bits: int, most: int | None = None) -> Tiling:
     """Two stages of 32 KiB, as `decode_attention.fitting` has them: with three or more an H100 read more slowly."""
+    most = most or dispatch.cores()
     workers = next((n for n in range(most, most - most // 8, -1) if n % rows == 0 or rows % n == 0), most)
     return Tiling(UNIT * 8 // bits, 2, workers)

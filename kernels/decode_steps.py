@@ -58,8 +58,8 @@ def _logits(shape: Shape, mask: Mask, at: Lane, unit, k, slots, scales, offsets,
             row = add(unit, add(at.row, 8 * half))
             token = add(add(mul(div(row, shape.span), shape.span * shape.per), rem(row, shape.span)), i * shape.span)
             [held] = load(utils.memref_ptr(slots), mul(token, 4))
-            scale = arith.mulf(lanes.number(scales, token), f32(unit(mask) / lanes.factor(shape, i)))
-            offset = arith.mulf(lanes.number(offsets, token), f32(unit(mask))) if offsets is not None else None
+            scale = arith.mulf(lanes.number(scales, token), f32(logit_unit(mask) / lanes.factor(shape, i)))
+            offset = arith.mulf(lanes.number(offsets, token), f32(logit_unit(mask))) if offsets is not None else None
             each = []
             for c in range(2 * shape.eights):
                 e, side = divmod(c, 2)
@@ -83,7 +83,7 @@ def _first(shape: Shape, place: int, sums: list[Value]) -> list[Value]:
     return [arith.mulf(x, base) for x in sums] * 2
 
 
-def unit(mask: Mask) -> float:
+def logit_unit(mask: Mask) -> float:
     """What products are multiplied by: the exponential has base 2, and a cap's hyperbolic tangent is made of one."""
     return mask.scale * LOG2E * (1.0 if mask.softcap is None else 2.0 / mask.softcap)
 

@@ -163,7 +163,7 @@ def _seen(sight: Sight, tile, edge: Value, queries, state: list[Value]) -> list[
     for low, high, q in zip(*keys, queries, strict=True):
         acc = product(acc, [low[0], high[0], low[1], high[1]], q[:2])
         odd = product(odd, [low[2], high[2], low[3], high[3]], q[2:])
-    scaled = [arith.mulf(arith.addf(a, b), f32(steps.unit(sight.mask))) for a, b in zip(acc, odd, strict=True)]
+    scaled = [arith.mulf(arith.addf(a, b), f32(steps.logit_unit(sight.mask))) for a, b in zip(acc, odd, strict=True)]
     logits = [[steps.masked(sight.mask, scaled[2 * i + j], rows[i], edge) for j in range(2)] for i in range(2)]
     peaks, totals = state[sums : sums + 2], state[sums + 2 :]
     tops = [across(arith.maxnumf(a, b), arith.maxnumf) for a, b in zip(*logits, strict=True)]

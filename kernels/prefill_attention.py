@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.decode_parts import EIGHT, LOG2E, clear, full, other_dtypes, seen
 from kernels.reference import ROWS, Mask, Partial
+from kernels.tuned import tuned
 
 PAIR = 2 * ROWS
 """Queries of a thread block: two warpgroups, one of which multiplies while the other takes exponentials."""
@@ -91,12 +92,13 @@ def prefill_attention(
     slots: Int[Array, "batch slots"],
     mask: Mask,
     *,
-    blocks: Blocks = Blocks(),
+    blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> Partial:
     """What `kernels.reference.attend` gives, for many queries.
 
     Args:
+        blocks: None takes what was fastest for such a shape on the device at hand.
         interpret: `plgpu.InterpretGPUParams()` to run on a CPU.
     Returns:
         `out` in `q.dtype` and `lse` in float32 nats. A query that sees nothing gives zeros and -inf.
@@ -108,6 +110,10 @@ def prefill_attention(
     if why := refusal(q, k, v):
         raise ValueError(f"prefill_attention: {why}")
     batch, width, heads, dim = q.shape
+    if blocks is None:
+        exact = {"dtype": str(q.dtype), "head_dim": dim, "queries": heads * batch // k.shape[0]}
+        sizes = {"rows": k.shape[0], "width": width, "slots": k.shape[1]}
+        blocks = tuned("prefill", Blocks(), exact=exact, sizes=sizes)
     work = tiles(positions, slots, mask, blocks)
     if short := -k.shape[1] % EIGHT:
         k, v = (jnp.pad(x, ((0, 0), (0, short), (0, 0))) for x in (k, v))
