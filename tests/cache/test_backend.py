@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import kvjax
-from kernels import attention
+from kernels import dispatch
 from kvjax.cache import Dense, Paged, Quantized, Ring, backend, stats
 from kvjax.cache.backend import backends, has_kernel, traced
 from tests.strategies import CACHES
@@ -25,7 +25,7 @@ def hopper(monkeypatch):
     """As if JAX ran on an H100."""
     backend._backends.cache_clear()
     monkeypatch.setattr(backend, "_platform", lambda: "gpu")
-    monkeypatch.setattr(attention, "hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "hopper", lambda: True)
     yield
     backend._backends.cache_clear()
 
@@ -52,7 +52,7 @@ def test_on_a_hopper_gpu_it_is_our_kernel_where_it_suits(hopper):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels are traced with JAX 0.11.2 and later")
 def test_a_model_that_computes_in_float32_is_left_to_xla(hopper):
     model = kvjax.Transformer(CONFIG, kvjax.Precision(cache="bfloat16"))
-    attention._told.clear()
+    dispatch._told.clear()
     with pytest.warns(UserWarning, match="attention is left to XLA"):
         assert backends(Dense().init(model, batch=2, capacity=1024), model) == ("xla", "xla")
 
