@@ -13,6 +13,7 @@ from kvjax.cache.attention import Mask, attend, by_head
 from kvjax.cache.base import Attends
 from kvjax.compact import Compact
 from kvjax.config import Acceleration, ModelConfig, Precision
+from kvjax.mesh import DATA, cut, laid
 from kvjax.product import product
 from kvjax.rope import rotate
 
@@ -24,18 +25,19 @@ _ACTIVATIONS = {
 
 
 class Linear(nn.Module):
-    """`x @ kernel.T + bias`, in the compute dtype."""
+    """`x @ kernel.T + bias`, in the compute dtype; `whole` as `product` has it."""
 
     features: int
     bias: bool
     precision: Precision
+    whole: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch width inputs"]) -> Float[Array, "batch width outputs"]:
         dtype = jnp.dtype(self.precision.compute)
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.precision.params)
-        y = product(x.astype(dtype), kernel.astype(dtype))
+        y = product(x.astype(dtype), kernel.astype(dtype), whole=self.whole)
         if not self.bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.precision.params)
@@ -81,11 +83,11 @@ class Block(nn.Module):
         layer: Attends | None,
         places: Compact | None = None,
     ) -> tuple[Float[Array, "rows tokens hidden"], Attends | None]:
-        c = self.config
+        c, mesh = self.config, self.accelerate.mesh
         out, layer = self._attention(Norm(c, name="attention_norm")(x), positions, valid, layer, places)
-        x = x + (Norm(c, name="post_attention_norm")(out) if c.post_norms else out)
+        x = laid(x + (Norm(c, name="post_attention_norm")(out) if c.post_norms else out), mesh, DATA)
         out = self._mlp(Norm(c, name="mlp_norm")(x))
-        return x + (Norm(c, name="post_mlp_norm")(out) if c.post_norms else out), layer
+        return laid(x + (Norm(c, name="post_mlp_norm")(out) if c.post_norms else out), mesh, DATA), layer
 
     @property
     def mask(self) -> Mask:
@@ -96,21 +98,24 @@ class Block(nn.Module):
 
     def _attention(self, x, positions, valid, layer, places):
         c = self.config
-        qkv = Linear((c.heads + 2 * c.kv_heads) * c.head_dim, c.qkv_bias, self.precision, name="qkv")(x)
+        qkv = self._linear((c.heads + 2 * c.kv_heads) * c.head_dim, c.qkv_bias, "qkv")(x)
         norms = (Norm(c, name="q_norm"), Norm(c, name="k_norm")) if c.qk_norm else None
         out, layer = attended(self, qkv, positions, valid, layer, places, norms)
-        return Linear(c.hidden, c.out_bias, self.precision, name="out")(out), layer
+        return self._linear(c.hidden, c.out_bias, "out")(out), layer
 
     def _mlp(self, x):
         c = self.config
         act = _ACTIVATIONS[c.activation]
         if c.gated:
-            gate_up = Linear(2 * c.intermediate, c.mlp_bias, self.precision, name="gate_up")(x)
-            gate, up = jnp.split(gate_up, 2, axis=-1)
+            gate_up = self._linear(2 * c.intermediate, c.mlp_bias, "gate_up")(x)
+            gate, up = cut(gate_up, (c.intermediate,) * 2, self.accelerate.shards)
             inner = act(gate) * up
         else:
-            inner = act(Linear(c.intermediate, c.mlp_bias, self.precision, name="up")(x))
-        return Linear(c.hidden, c.mlp_bias, self.precision, name="down")(inner)
+            inner = act(self._linear(c.intermediate, c.mlp_bias, "up")(x))
+        return self._linear(c.hidden, c.mlp_bias, "down")(inner)
+
+    def _linear(self, features: int, bias: bool, name: str) -> Linear:
+        return Linear(features, bias, self.precision, self.accelerate.mesh is not None, name=name)
 
 
 def attended(
@@ -131,7 +136,7 @@ def attended(
     q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
     if places is not None:
         qkv = places.spread(qkv)
-    q, k, v = jnp.split(qkv, (q_size, q_size + kv_size), axis=-1)
+    q, k, v = cut(qkv, (q_size, kv_size, kv_size), block.accelerate.shards)
     q = q.reshape(batch, width, c.heads, c.head_dim)
     k = k.reshape(batch, width, c.kv_heads, c.head_dim)
     v = v.reshape(batch, width, c.kv_heads, c.head_dim)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kvjax.mesh import AXES, HEADS
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -115,20 +118,37 @@ class Precision:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """Which kernels a model's programs run.
+    """Which kernels a model's programs run, and on which devices.
 
     Args:
         attention: `"xla"`, or None: ours where device and shape suit them.
         layers: the same of the products between two layers' attentions.
+        mesh: the devices that share a model, as `kvjax.accelerate.shard` sets it; None for one device.
     """
 
     attention: str | None = None
     layers: str | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         for name in ("attention", "layers"):
             if getattr(self, name) not in (None, "xla"):
                 raise ValueError(f"Acceleration: `{name}` must be 'xla' or None, got {getattr(self, name)!r}")
+        if self.mesh is not None and self.mesh.axis_names != AXES:
+            raise ValueError(
+                f"Acceleration: `mesh` must have the axes {AXES}, as `kvjax.accelerate.Layout().mesh()` has them, "
+                f"got {self.mesh.axis_names}"
+            )
+
+    @property
+    def shards(self) -> int:
+        """Devices that have different heads."""
+        return 1 if self.mesh is None else self.mesh.shape[HEADS]
+
+    @property
+    def alone(self) -> Acceleration:
+        """The same for what every device computes for itself, such as a draft whose parameters are whole on each."""
+        return replace(self, mesh=None)
 
 
 def differing(config: ModelConfig, other: ModelConfig | Mapping[str, Any]) -> str | None:

@@ -24,7 +24,8 @@ Params = Any
 
 def fusible(blocks: list[Block], params: Params, x: Float[Array, "batch width hidden"]) -> bool:
     """Whether the kernel runs these layers, and the head, on the device at hand. One warning says why it does not."""
-    if blocks[0].accelerate.layers == "xla" or x.shape[0] * x.shape[1] > MOST_ROWS or not dispatch.hopper():
+    asked = blocks[0].accelerate
+    if asked.layers == "xla" or asked.mesh is not None or x.shape[0] * x.shape[1] > MOST_ROWS or not dispatch.hopper():
         return False
     why = _other(blocks[0].config) or next(filter(None, (_refusal(x, each) for each in _weights(params))), None)
     if why:

@@ -20,6 +20,7 @@ from kvjax.cache.base import Attends, Cache
 from kvjax.compact import Compact
 from kvjax.config import Acceleration, ModelConfig, Precision
 from kvjax.fused import fused, fusible
+from kvjax.mesh import DATA, HEADS, laid
 from kvjax.product import product
 
 Params = Any
@@ -62,16 +63,17 @@ class Transformer(nn.Module):
             Logits in `precision.logits` (`[batch, vocab]` if `last`, `[1, places, vocab]` with `places`), NaN in a
             row whose cache has no room, which then stays as it is, and the cache holding the new tokens.
         """
-        c, p = self.config, self.precision
+        c, p, mesh = self.config, self.precision, self.accelerate.mesh
         batch, width = tokens.shape
         lengths = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         full = jnp.zeros(batch, bool)
         if cache is not None:
             cache, full = cache.opened(lengths)
             lengths = jnp.where(full, 0, lengths)
+        tokens, lengths, full = (laid(each, mesh) for each in (tokens, lengths, full))  # as is what follows from them
         offset = jnp.arange(width, dtype=jnp.int32)[None]
         positions = jnp.tile(offset, (batch, 1)) if cache is None else cache.positions(width)
-        valid = offset < lengths[:, None]
+        positions, valid = laid(positions, mesh), laid(offset < lengths[:, None], mesh)
 
         embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab, c.hidden), p.params)
         if places is not None:
@@ -84,6 +86,7 @@ class Transformer(nn.Module):
             table = self.param("positions", nn.initializers.normal(0.02), shape, p.params)
             at = positions if places is None else places.gathered(positions)
             x = x + jnp.take(table, at, axis=0, mode="clip").astype(p.compute)
+        x = laid(x, mesh, DATA)
 
         blocks = [Block(c, p, window, self.accelerate, parent=None) for window in c.windows]
         layers: list[Attends | None] = [None] * c.layers if cache is None else list(cache.layers)
@@ -109,7 +112,9 @@ class Transformer(nn.Module):
         x = Norm(c, name="norm")(x)
         self.sow(HIDDEN, "final", x)
         head = embed if c.tied else self.param("head", nn.initializers.normal(0.02), embed.shape, p.params)
-        logits = (product(x, head.astype(p.compute)) if scored is None else scored).astype(p.logits)
+        if scored is None:
+            scored = laid(product(x, head.astype(p.compute), whole=mesh is not None), mesh, DATA, None, HEADS)
+        logits = laid(scored.astype(p.logits), mesh)  # all of them on every device, for what chooses a token
         if c.logit_softcap is not None:
             logits = jnp.tanh(logits / c.logit_softcap) * c.logit_softcap
         if last:

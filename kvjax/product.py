@@ -14,15 +14,16 @@ Rows = Float[Array, "batch width inputs"]
 Kernel = Float[Array, "outputs inputs"]
 
 
-def product(x: Rows, kernel: Kernel) -> Float[Array, "batch width outputs"]:
+def product(x: Rows, kernel: Kernel, *, whole: bool = False) -> Float[Array, "batch width outputs"]:
     """Multiply every row by a kernel stored `[out, in]`.
 
     On a CPU the kernel of a few rows is cut into two halves of its outputs, as a batch of two: XLA then uses
     both cores for a small one, and a faster path for a few rows (71 to 45 ms a step at two rows, 64 to 45 ms at 16).
+    Not if it is to stay `whole`, as one that several devices share, which XLA cuts.
     """
     few = 1 < x.shape[0] * x.shape[1] <= FEW_ROWS
     single_small = x.shape[0] * x.shape[1] == 1 and kernel.size <= SMALL
-    if kernel.shape[0] % 2 or not (few or single_small):
+    if whole or kernel.shape[0] % 2 or not (few or single_small):
         return _whole(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=_halves_left if few else _halves, default=_whole)
 

@@ -229,10 +229,11 @@ class Strategy:
         )
 
     def init(self, model: Transformer, *, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens.
+        """An empty cache for `batch` sequences of up to `capacity` tokens, on the model's mesh if it has one.
 
         Raises:
-            ValueError: if a size is below 1, or the model has fewer learned positions than `capacity`.
+            ValueError: if a size is below 1, the model has fewer learned positions than `capacity`, or its mesh cannot
+                share such a cache.
         """
         for name, value in (("batch", batch), ("capacity", capacity)):
             if not is_whole(value, 1):
@@ -245,9 +246,16 @@ class Strategy:
                 f"{type(self).__name__}.init: `capacity` must be at most the model's {c.max_positions} "
                 f"learned positions, got {capacity}"
             )
-        specs = (layer_spec(c, index, batch, capacity, model.precision.cache) for index in range(c.layers))
-        layers = tuple(self.layer(spec) for spec in specs)
-        return Cache(layers, jnp.zeros(batch, jnp.int32), c, self)
+
+        def make() -> Cache:
+            specs = (layer_spec(c, index, batch, capacity, model.precision.cache) for index in range(c.layers))
+            return Cache(tuple(self.layer(spec) for spec in specs), jnp.zeros(batch, jnp.int32), c, self)
+
+        if model.accelerate.mesh is None:
+            return make()
+        from kvjax.accelerate.sharded import made_on  # which is made of caches
+
+        return made_on(make, model.accelerate.mesh)
 
     def shapes(self, model: Transformer, *, batch: int, capacity: int) -> Cache:
         """What `init` would return, as `jax.ShapeDtypeStruct`s: `nbytes` of it costs no memory."""

@@ -81,7 +81,7 @@ class HeadsLesson:
     def states(self, weights: Params, table: Array, text: Text, steps: int) -> list[Float[Array, "rows pairs hidden"]]:
         """What the layer gives at each pair of a hidden state and the token after, for each step."""
         c, p = self.model.config, self.model.precision
-        layer, tokens = head_layer(c, p, self.model.accelerate), jnp.asarray(text.tokens)[:, 1:]
+        layer, tokens = head_layer(c, p, self.model.accelerate.alone), jnp.asarray(text.tokens)[:, 1:]
         embedded = embed(table, tokens, c, p)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
 

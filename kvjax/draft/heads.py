@@ -92,14 +92,16 @@ class Heads(InTurn):
             ValueError: if `trained` is of another vocabulary.
         """
         check_ids("Heads", trained["ids"], model.config.vocab)
-        return cls(model.config, model.precision, params["embed"], trained, k, model.accelerate)
+        return cls(model.config, model.precision, params["embed"], trained, k, model.accelerate.alone)
 
     @staticmethod
     def fresh(model: Transformer, params: Params, ids: Ids, key: Key[Array, ""]) -> dict[str, Any]:
         """What is trained, before training: a random layer, and the target's own head, of `ids` only."""
         check_ids("Heads", ids, model.config.vocab)
         x, at = jnp.zeros((1, 1, model.config.hidden), model.precision.compute), jnp.zeros((1, 1), jnp.int32)
-        layer = head_layer(model.config, model.precision, model.accelerate).init(key, x, x, at, at == 0, None)["params"]
+        layer = head_layer(model.config, model.precision, model.accelerate.alone).init(key, x, x, at, at == 0, None)[
+            "params"
+        ]
         return {"layer": layer, "head": head_rows(params, model.config, ids), "ids": jnp.asarray(ids)}
 
     @property

@@ -108,8 +108,14 @@ def save_model(path: str | os.PathLike[str], loaded: Loaded) -> None:
         loaded: what `kvjax.load` returned, or any `(model, params, tokenizer or None)`.
     Raises:
         FileExistsError: if `path` is something other than a saved model.
+        ValueError: for a model on a mesh, whose parameters are in the order that its devices need.
     """
     model, params, tokenizer = loaded
+    if model.accelerate.mesh is not None:
+        raise ValueError(
+            "save_model: expected a model of one device, got one on a mesh: save the model that was sharded, with "
+            "`kvjax.accelerate.gather_params(params, model)`"
+        )
     about: dict[str, Any] = {"format": _MODEL_FORMAT, "config": asdict(model.config)}
     about["precision"] = asdict(model.precision)
     with new_folder(Path(path), "kvjax.json") as folder:
