@@ -1,5 +1,6 @@
-"""Where programs run: on which devices, what these can do, what work needs at least, which sizes of kernels are best."""
+"""Where programs run: on which devices, what these can do, what work needs at least, which sizes are fastest."""
 
+from kvjax.accelerate.balance import Balance, Linear, Loads, Placed, imbalance
 from kvjax.accelerate.facts import Facts, facts, stored_facts
 from kvjax.accelerate.layout import Layout, layout_of
 from kvjax.accelerate.nvml import Gpu, Gpus, Memory, gpus, memory
@@ -11,6 +12,7 @@ from kvjax.accelerate.tune import Case, Operation, Trial, tune
 from kvjax.accelerate.utilisation import Kernel, Utilisation, utilisation
 
 __all__ = [
+    "Balance",
     "Bound",
     "Case",
     "Facts",
@@ -18,8 +20,11 @@ __all__ = [
     "Gpus",
     "Kernel",
     "Layout",
+    "Linear",
+    "Loads",
     "Memory",
     "Operation",
+    "Placed",
     "Sharded",
     "Trial",
     "Utilisation",
@@ -28,6 +33,7 @@ __all__ = [
     "facts",
     "gather_params",
     "gpus",
+    "imbalance",
     "keep_row",
     "layout_of",
     "memory",

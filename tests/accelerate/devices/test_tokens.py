@@ -11,7 +11,7 @@ from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring
 from kvjax.draft import Heads, PromptLookup, widths
 from tests.accelerate.shared import BATCH, LENGTHS, TOKENS
 
-ALL = Layout(data=2, context=2, heads=2)
+CONTEXT, LARGE, ALL = Layout(context=8), Layout(data=2, heads=4), Layout(data=2, context=2, heads=2)
 NEW = 6
 ROUNDING = 2e-5
 """Of logits up to 10 in float32: sums over devices come in another order. No two best ones are as near here."""
@@ -26,7 +26,7 @@ def generated(model, params):
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(heads=2), Layout(data=4), Layout(context=8), Layout(data=2, heads=4), ALL],
+    [*(pytest.param(x, marks=pytest.mark.slow) for x in (Layout(heads=2), Layout(data=4))), CONTEXT, LARGE, ALL],
     ids=lambda x: "x".join(map(str, x.sizes)),
 )
 def test_tokens_of_one_device(sharded, layout):
