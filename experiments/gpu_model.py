@@ -127,7 +127,8 @@ def measured(config: Config, name: str, model, params, batch: int, context: int,
     ready = {}
     for engine in config.engines:
         cache, step = ENGINES[engine](model, batch, capacity, context)
-        loop = jax.jit(partial(_steps, step, config.steps), donate_argnums=1).lower(params, cache, tokens).compile()
+        loop = jax.jit(partial(greedy_steps, step, config.steps), donate_argnums=1)
+        loop = loop.lower(params, cache, tokens).compile()
         for _ in range(2):  # in the second call XLA makes its graphs
             cache, token = loop(params, cache, tokens)
         ready[engine] = [loop, jax.block_until_ready(cache)]
@@ -167,7 +168,7 @@ def needed(model, params, batch: int, context: int) -> int:
     return weights - table + kept
 
 
-def _steps(step: Callable, count: int, params, cache, tokens):
+def greedy_steps(step: Callable, count: int, params, cache, tokens):
     """Greedy steps from the same place each time; the length is set back at the end, so that turns do the same work."""
     length = cache.length
 

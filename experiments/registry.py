@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "gpu_attention": "experiments.gpu_attention",
     "gpu_model": "experiments.gpu_model",
     "gpu_tune": "experiments.gpu_tune",
+    "multi_gpu": "experiments.multi_gpu",
     "prefix_trace": "experiments.prefix_trace",
     "train_draft": "experiments.train_draft",
 }
