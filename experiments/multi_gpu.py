@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.gpu_model import SHAPES, greedy_steps, needed, shaped
-from experiments.gpu_timing import parse_work, read_bandwidth
+from experiments.gpu_timing import parse_work
 from experiments.registry import Progress, Row
 
 
@@ -89,7 +89,7 @@ def run(config: Config, progress: Progress) -> list[Row]:
     splits = [Layout(context=size) for size in config.splits]
     for layout in (*layouts, *splits):
         layout.mesh()
-    bandwidth = read_bandwidth() if jax.default_backend() == "gpu" else None
+    bandwidth = rates.bandwidth("read", "gpu") if jax.default_backend() == "gpu" else None
     rows: list[Row] = []
     whole = len(config.works) + len(config.contexts)
     for i, work in enumerate(config.works):

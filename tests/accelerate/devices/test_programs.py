@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import kvjax
+from kernels import attention
 from kvjax.accelerate import Layout, gather_params, shard, shard_cache
 from kvjax.cache import Dense, Paged, Quantized, Ring, Shared
 from kvjax.decode import begin, rules, state
 from tests.accelerate.shared import BATCH, LENGTHS, TOKENS, model_of
 from tests.compiles import Compiles
+from tests.kernels.marks import interpreted
 
 CAPACITY = 4096
 COLLECTIVE = re.compile(
@@ -73,6 +75,21 @@ def test_no_collective_of_the_cache_and_none_of_it_copied(sharded, layout, name)
     flat = (local[0] * local[1], *local[2:])
     for shape in (local, flat):
         assert not re.search(rf"= f32\[{','.join(map(str, shape))}\]\S* copy\(", text)
+
+
+@interpreted
+def test_a_gpu_runs_our_kernel_on_each_device_s_part(monkeypatch):
+    """As far as a CPU can tell: in the program for a GPU the kernel's operands have the shapes of one device."""
+    monkeypatch.setattr(attention, "hopper", lambda: True)
+    model = kvjax.Transformer(replace(model_of()[0].config, head_dim=64), kvjax.Precision(*("bfloat16",) * 3))
+    model, params = shard(model, kvjax.init_params(model, jax.random.key(0)), Layout(data=2, context=2, heads=2).mesh())
+    cache = Dense().init(model, batch=BATCH, capacity=CAPACITY)
+    traced = kvjax.decode_step.trace(model, params, cache, jnp.zeros(BATCH, jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (operands,) = re.findall(r"custom_call @mosaic_gpu.* : \(([^()]*)\) -> ", text)
+    rows = BATCH // 2 * model.config.kv_heads // 2
+    assert operands.count(f"tensor<{rows}x{CAPACITY // 2}x64xbf16>") == 2
+    assert f"x{CAPACITY}x" not in operands
 
 
 def test_a_step_compiles_once_and_keeps_every_array_where_it_is(sharded):

@@ -9,6 +9,7 @@ import kvjax
 from kvjax.accelerate import Layout, Sharded, shard_cache
 from kvjax.cache import Dense, Evicting, Paged, Quantized, Ring
 from kvjax.draft import Heads, PromptLookup, widths
+from kvjax.draft.heads import head_layer
 from tests.accelerate.shared import BATCH, LENGTHS, TOKENS
 
 CONTEXT, LARGE, ALL = Layout(context=8), Layout(data=2, heads=4), Layout(data=2, context=2, heads=2)
@@ -77,6 +78,20 @@ def test_guesses_leave_the_tokens_as_they_are(sharded, name, layout):
         assert (np.asarray(out.speculated.proposed) > 0).any()
         tokens.append(np.asarray(out.tokens))
     np.testing.assert_array_equal(tokens[1], tokens[0])
+
+
+def test_a_trained_draft_is_whole_on_every_device(sharded):
+    """Its parameters are in their own order, whatever the target's are in."""
+    model, params = sharded(None)
+    trained = Heads.fresh(model, params, np.arange(64, dtype=np.int32), jax.random.key(2))
+    x = jax.random.normal(jax.random.key(3), (2, 3, model.config.hidden))
+    at = jnp.tile(jnp.arange(3), (2, 1))
+    outs = []
+    for of in (sharded(None), sharded(Layout(heads=4))):
+        draft = Heads.of(*of, trained=trained)
+        layer = head_layer(draft.target, draft.precision, draft.accelerate)
+        outs.append(layer.apply({"params": trained["layer"]}, x, x, at, at >= 0, None)[0])
+    np.testing.assert_allclose(outs[1], outs[0], atol=ROUNDING)
 
 
 def test_samples_of_one_prompt_share_it_on_the_mesh(sharded):
