@@ -161,8 +161,8 @@ def share(model: Transformer, prefix: Cache, *, batch: int, capacity: int, inner
     if prefix.batch != 1:
         raise ValueError(f"share: `prefix` must hold one row, got {prefix.batch}")
     inner = Dense() if inner is None else inner
-    strategy = Shared(inner)
     own = inner.init(model, batch=batch, capacity=capacity)
+    strategy = Shared(own.strategy)  # which is more than `inner` on a mesh
     held = prefix.opened(jnp.zeros(1, jnp.int32))[0].layers
     most = prefix.capacity or 0
     layers = [

@@ -31,7 +31,7 @@ def check_room(model, cache: Cache, lengths, limit, inner: Strategy | None, capa
     if inner is not None:
         own = inner.shapes(model, batch=n, capacity=capacity)
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (own.length, own.shared))
-        why = inner.need(replace(own, length=empty[0], shared=empty[1]), more)
+        why = own.strategy.need(replace(own, length=empty[0], shared=empty[1]), more)
         most = model.config.max_positions
         if model.config.rope is None and (before + more).max() > most:
             why = f"need {(before + more).max()} positions, but the model has learned {most}"

@@ -107,6 +107,23 @@ def test_samples_of_one_prompt_share_it_on_the_mesh(sharded):
     assert own.layer.k.sharding.shard_shape(own.layer.k.shape)[1] == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["beam", "speculate"])
+def test_what_shares_a_prefix_has_its_own_part_on_the_mesh(sharded, name):
+    tokens = []
+    for model, params in (sharded(None), sharded(Layout(heads=4))):
+        cache = Dense().init(model, batch=1, capacity=32)
+        if name == "beam":
+            out = kvjax.beam(model, params, cache, TOKENS[:1], beams=3, max_new=5)
+        else:
+            _, cache = kvjax.prefill(model, params, cache, TOKENS[:1])
+            cache, draft = kvjax.cache.share(model, cache, batch=2, capacity=40), PromptLookup(k=2, shortest=1)
+            costs = [1.0] * len(widths(draft))
+            out = kvjax.speculate(model, params, cache, TOKENS[:2], draft=draft, max_new=NEW, costs=costs)
+        tokens.append(np.asarray(out.tokens))
+    np.testing.assert_array_equal(tokens[1], tokens[0])
+
+
 def test_a_cache_in_use_moves_to_a_mesh_and_forks_there(sharded):
     """In the order of its positions: what was dealt to devices is collected again."""
     model, params = sharded(None)
