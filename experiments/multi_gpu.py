@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from experiments.gpu_model import SHAPES, greedy_steps, needed, shaped
 from experiments.gpu_timing import parse_work
 from experiments.registry import Progress, Row
+from kvjax.accelerate import rates
 
 
 @dataclass(frozen=True)
