@@ -38,10 +38,10 @@ def close(x, y):
     np.testing.assert_allclose(x, y, atol=0.02 * float(jnp.abs(y).max()) + 1e-6)
 
 
-def run(model, params, width, strategy):
+def run(model, params, width, strategy, capacity=32):
     """Logits of a prompt and of what follows, the hidden states of that, and the cache."""
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    cache = strategy.init(model, batch=2, capacity=512)
+    cache = strategy.init(model, batch=2, capacity=capacity)
     first, cache = kvjax.prefill(model, params, cache, tokens[:, :8], jnp.asarray([8, 5]))
     return first, *jax.jit(with_hidden, static_argnums=0)(model, params, tokens[:, 8 : 8 + width], None, cache)
 
@@ -95,7 +95,7 @@ def test_attention_is_part_of_the_kernel_where_it_can_be(strategy, chosen, chang
     model, params = build(**({"head_dim": 64} | changed))
     model = model.clone(accelerate=Acceleration(attention=chosen))
     xla = model.clone(accelerate=Acceleration("xla", "xla"))
-    got, want = (run(m, params, 1, strategy) for m in (model, xla))
+    got, want = (run(m, params, 1, strategy, 512) for m in (model, xla))
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(close, got, want)
     assert bool(steps) == whole

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kernels import attention
+from kernels import dispatch
 from kvjax.accelerate import Layout, gather_params, shard, shard_cache
 from kvjax.cache import Dense, Paged, Quantized, Ring, Shared
 from kvjax.decode import begin, rules, state
@@ -80,7 +80,7 @@ def test_no_collective_of_the_cache_and_none_of_it_copied(sharded, layout, name)
 @interpreted
 def test_a_gpu_runs_our_kernel_on_each_device_s_part(monkeypatch):
     """As far as a CPU can tell: in the program for a GPU the kernel's operands have the shapes of one device."""
-    monkeypatch.setattr(attention, "hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "hopper", lambda: True)
     model = kvjax.Transformer(replace(model_of()[0].config, head_dim=64), kvjax.Precision(*("bfloat16",) * 3))
     model, params = shard(model, kvjax.init_params(model, jax.random.key(0)), Layout(data=2, context=2, heads=2).mesh())
     cache = Dense().init(model, batch=BATCH, capacity=CAPACITY)
