@@ -262,6 +262,7 @@ def _plain(model, batch: int, capacity: int, context: int):
 
 ENGINES: dict[str, Callable] = {
     "kvjax": _kvjax({}),
+    "kvjax, attention apart": _kvjax({"layers": "products"}),
     "kvjax, products by XLA": _kvjax({"layers": "xla"}),
     "kvjax, XLA alone": _kvjax({"attention": "xla", "layers": "xla"}),
     "plain JAX": _plain,

@@ -122,7 +122,7 @@ class Acceleration:
 
     Args:
         attention: `"xla"`, or None: ours where device and shape suit them.
-        layers: the same of the products between two layers' attentions.
+        layers: the same of whole layers of a step, or `"products"`: of all but their attention.
         mesh: the devices that share a model, as `kvjax.accelerate.shard` sets it; None for one device.
     """
 
@@ -131,9 +131,10 @@ class Acceleration:
     mesh: Mesh | None = None
 
     def __post_init__(self):
-        for name in ("attention", "layers"):
-            if getattr(self, name) not in (None, "xla"):
-                raise ValueError(f"Acceleration: `{name}` must be 'xla' or None, got {getattr(self, name)!r}")
+        for name, known in (("attention", ("xla",)), ("layers", ("products", "xla"))):
+            if getattr(self, name) not in (None, *known):
+                spelled = ", ".join(map(repr, known))
+                raise ValueError(f"Acceleration: `{name}` must be {spelled} or None, got {getattr(self, name)!r}")
         if self.mesh is not None and self.mesh.axis_names != AXES:
             raise ValueError(
                 f"Acceleration: `mesh` must have the axes {AXES}, as `kvjax.accelerate.Layout().mesh()` has them, "

@@ -75,7 +75,7 @@ def _placed(block: Block, layer: Attends | None, positions, valid) -> tuple[Any,
     c = block.config
     turned = c.rope is not None and c.rope.rotary_dim in (None, c.head_dim) and not c.qk_norm
     one = isinstance(layer, Placing) and positions.shape[1] == 1
-    if not (one and turned) or block.accelerate.attention == "xla":
+    if not (one and turned) or block.accelerate.attention == "xla" or block.accelerate.layers == "products":
         return None, None
     place = layer.place(positions, valid, block.mask)
     cos, sin = (part[:, 0] for part in angles(positions, c.rope, c.head_dim))

@@ -1,4 +1,4 @@
-"""Levels of serving, by name: frozen presets of `kvjax.batch.open`, each with something that the one below lacks."""
+"""Levels by name, each with something that the one below lacks: presets of `kvjax.batch.open`, and of acceleration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvjax.batch import Serving, Settings
 from kvjax.batch import open as open_slots
 from kvjax.cache import Dense, Paged, Strategy
 from kvjax.cache.prefix import POLICIES, Policy
+from kvjax.config import Acceleration
 from kvjax.draft import Draft, PromptLookup
 from kvjax.model import Transformer
 
@@ -79,3 +80,12 @@ LEGENDARY = replace(
 
 LEVELS = {"basic": BASIC, "advanced": ADVANCED, "expert": EXPERT, "master": MASTER, "legendary": LEGENDARY}
 """From one request at a time to many in little memory. All but the last give the tokens of `generate`."""
+
+ACCELERATIONS = {
+    "basic": Acceleration(attention="xla", layers="xla"),
+    "advanced": Acceleration(layers="xla"),
+    "expert": Acceleration(layers="products"),
+    "master": Acceleration(),
+}
+"""A step on a Hopper GPU, for `model.clone(accelerate=…)`: XLA alone; attention and the write before it in one kernel a
+layer; a layer's four products, norms and gate in another; and all of a layer in one."""

@@ -12,6 +12,7 @@ import kvjax
 from kernels import dispatch
 from kvjax import Acceleration, Precision, Transformer, fused
 from kvjax.cache import Dense, Quantized, Ring
+from kvjax.levels import ACCELERATIONS
 from kvjax.model import with_hidden
 from tests.tiny import tiny
 
@@ -81,11 +82,12 @@ def test_a_step_has_a_kernel_a_layer(chosen, batch, kernels):
         (Dense(), None, {}, True),
         (Ring(8, 2), None, {"qkv_bias": True}, True),
         (Dense(), "xla", {}, False),
+        (Dense(), None, {"layers": "products"}, False),
         (Dense(), None, {"qk_norm": True}, False),
         (Dense(), None, {"head_dim": 32}, False),
         (Quantized(8), None, {}, False),
     ],
-    ids=["dense", "ring", "attention by XLA", "norms of heads", "small heads", "codes"],
+    ids=["dense", "ring", "attention by XLA", "attention apart", "norms of heads", "small heads", "codes"],
 )
 def test_attention_is_part_of_the_kernel_where_it_can_be(strategy, chosen, changed, whole, monkeypatch):
     steps = []
@@ -93,7 +95,7 @@ def test_attention_is_part_of_the_kernel_where_it_can_be(strategy, chosen, chang
     monkeypatch.setattr(fused, "layer_step", lambda *args, **how: steps.append(args) or layer_step(*args, **how))
     jax.clear_caches()
     model, params = build(**({"head_dim": 64} | changed))
-    model = model.clone(accelerate=Acceleration(attention=chosen))
+    model = model.clone(accelerate=replace(model.accelerate, attention=chosen))
     xla = model.clone(accelerate=Acceleration("xla", "xla"))
     got, want = (run(m, params, 1, strategy, 512) for m in (model, xla))
     assert jax.tree.structure(got) == jax.tree.structure(want)
@@ -126,6 +128,17 @@ def test_other_models_run_with_one_warning(changed, why):
         kvjax.forward(model, params, jnp.zeros((1, 3), jnp.int32))
 
 
+@NEEDED
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(("level", "kernels"), [("basic", 0), ("advanced", 1), ("expert", 2), ("master", 1)])
+def test_levels_of_acceleration_have_their_kernels_a_layer(level, kernels):
+    model, params = build(windows=(None,), head_dim=64)
+    model = model.clone(accelerate=ACCELERATIONS[level])
+    cache = Dense().init(model, batch=1, capacity=256)
+    program = str(jax.make_jaxpr(kvjax.decode_step, static_argnums=0)(model, params, cache, jnp.zeros(1, jnp.int32)))
+    assert program.count("mpmd_map[") == kernels
+
+
 def test_an_acceleration_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="`layers` must be 'xla' or None, got 'mosaic'"):
+    with pytest.raises(ValueError, match="`layers` must be 'products', 'xla' or None, got 'mosaic'"):
         Acceleration(layers="mosaic")
