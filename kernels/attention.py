@@ -75,7 +75,7 @@ def backend_of(q, k, v, asked: str | None = None) -> str:
     if k.shape[1] < SLOTS or not dispatch.hopper():
         return "xla"
     if why := _suited(q, k)[0](q, k, v):
-        dispatch.warn("attention", why)
+        dispatch.warn("attention is", why)
         return "xla"
     return "mosaic"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
 from kernels.decode_kernel import run
-from kernels.decode_parts import EIGHT, other_dtypes
+from kernels.decode_parts import other_dtypes
 from kernels.decode_plan import Plan, Tiling, plan
-from kernels.reference import ROWS, Mask, Partial
+from kernels.reference import EIGHT, ROWS, Mask, Partial
 from kernels.tuned import tuned
 
 
@@ -139,7 +140,12 @@ def _chosen(q, k) -> Tiling:
 def chosen(head_dim: int, queries: int, rows: int, slots: int, dtype: str = "bfloat16") -> Tiling:
     """What was fastest for such a shape on the device at hand, or `fitting`."""
     exact = {"dtype": dtype, "head_dim": head_dim, "queries": queries, "rows": rows}
-    return tuned("decode", fitting(head_dim, rows), exact=exact, sizes={"slots": slots})
+    return bounded(tuned("decode", fitting(head_dim, rows), exact=exact, sizes={"slots": slots}))
+
+
+def bounded(tiling: Tiling) -> Tiling:
+    """With no more workers than can run at once, for they wait for each other."""
+    return replace(tiling, workers=min(tiling.workers, dispatch.cores()))
 
 
 def fitting(head_dim: int, rows: int, most: int | None = None) -> Tiling:

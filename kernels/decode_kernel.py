@@ -11,7 +11,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.decode_parts import (
-    EIGHT,
     LOG2E,
     await_all,
     clear,
@@ -25,7 +24,7 @@ from kernels.decode_parts import (
     store_rows,
 )
 from kernels.decode_plan import Plan, Tiling, partials
-from kernels.reference import ROWS, Mask
+from kernels.reference import EIGHT, ROWS, Mask
 
 CHUNK = 128
 """Columns of the values that are summed at once, so that the sums fit in registers."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
+from kernels.decode_attention import bounded
 from kernels.decode_packed_kernel import run
 from kernels.decode_plan import Plan, Tiling, plan
 from kernels.packed import BITS, Packed
@@ -120,7 +121,8 @@ def plan_packed(
 def chosen_packed(head_dim: int, queries: int, rows: int, slots: int, bits: int) -> Tiling:
     """What was fastest for such a shape on the device at hand, or `fitting_packed`."""
     exact = {"dtype": f"int{bits}", "head_dim": head_dim, "queries": queries, "rows": rows}
-    return tuned("decode_packed", fitting_packed(head_dim, rows, bits), exact=exact, sizes={"slots": slots})
+    default = fitting_packed(head_dim, rows, bits)
+    return bounded(tuned("decode_packed", default, exact=exact, sizes={"slots": slots}))
 
 
 def fitting_packed(head_dim: int, rows: int, bits: int, most: int | None = None) -> Tiling:

@@ -12,9 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from kernels.reference import ROWS, Mask
 
-EIGHT = 8
-"""Queries come in eights: rows of a swizzled tile in shared memory."""
-
 LOG2E = math.log2(math.e)
 
 

@@ -10,8 +10,8 @@ from jaxlib.mlir.dialects import arith
 
 from kernels import decode_lanes as lanes
 from kernels.decode_lanes import TOGETHER, Lane, Shape, Value, across, add, asm, div, f32, i32, load, mul, rem, store
-from kernels.decode_parts import EIGHT, LOG2E
-from kernels.reference import Mask
+from kernels.decode_parts import LOG2E
+from kernels.reference import EIGHT, Mask
 
 BARRIER = 9
 """Of the hardware's sixteen, the one where all scoring warps meet; JAX uses those below it."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 
 def served(kernel: Callable, written: Callable, *, anywhere: bool = False, whole: tuple[int, ...] = ()) -> Callable:
@@ -39,9 +40,9 @@ def served(kernel: Callable, written: Callable, *, anywhere: bool = False, whole
 
     differentiable = jax.custom_jvp(run)
 
-    @differentiable.defjvp
+    @partial(differentiable.defjvp, symbolic_zeros=True)
     def _(args, tangents):
-        moving = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)]
+        moving = [i for i, x in enumerate(tangents) if not isinstance(x, SymbolicZero)]
 
         def of(*some):
             every = list(args)
@@ -68,7 +69,11 @@ def hopper() -> bool:
 
 
 def cores() -> int:
-    """Multiprocessors of the smallest GPU at hand; of an H100 or H200 where there is none."""
+    """Multiprocessors of the smallest GPU at hand; of an H100 or H200 where there is none.
+
+    Kernels whose workers wait for each other have at most as many, for all must run at once. A program that was traced
+    elsewhere, for a larger GPU, waits for ever, and so do two that share one at a time (NVIDIA's MPS).
+    """
     try:
         return min(device.core_count for device in jax.local_devices(backend="cuda"))
     except RuntimeError:
@@ -79,8 +84,8 @@ _told: set[str] = set()
 
 
 def warn(operation: str, why: str) -> None:
-    """Say once for each kind of reason that an operation is left to XLA."""
+    """Say once for each kind of reason that an operation is left to XLA; `operation` goes with its verb."""
     kind = f"{operation}: {why.partition(', got')[0]}"
     if kind not in _told:
         _told.add(kind)
-        warnings.warn(f"{operation} is left to XLA: {why}", stacklevel=5)
+        warnings.warn(f"{operation} left to XLA: {why}", stacklevel=2)

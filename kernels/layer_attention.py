@@ -126,6 +126,8 @@ def refusal(qkv, cached: Cached, workers: int) -> str | None:
     rows, (kept, _, dim) = qkv.shape[0], cached.k.shape
     if other := sorted({str(x.dtype) for x in (qkv, cached.k, cached.v)} - {"bfloat16"}):
         return f"expected keys and values in bfloat16, got {', '.join(other)}"
+    if other := sorted({str(x.dtype) for x in (cached.cos, cached.sin)} - {"float32"}):
+        return f"expected angles in float32, got {', '.join(other)}"
     if dim not in (64, 128) or cached.cos.shape[1] != dim // 2:
         return f"expected a `head_dim` of 64 or 128, turned as a whole, got {dim} and {2 * cached.cos.shape[1]}"
     group = qkv.shape[1] // dim // max(kept // rows, 1) - 2

@@ -116,6 +116,8 @@ def _launch(
     sight, beside = seen or (None, ())
     lines = max(rows, -(-4 * sight.scratch // (2 * kept.stride))) if sight else rows
     stages, arrived = depth(inputs, lines), jnp.zeros(5 + (sight.items if sight else 0), jnp.int32)
+    # Counters begin at zero and are left so: XLA may give all calls the same zeros. No two calls may run at the same
+    # time, as a model's layers never do, nor independent kernels of one XLA program.
     starts = np.cumsum([0] + [phase.units for phase in phases]).tolist()
     count, residuals = len(phases), [i % 2 == 0 for i in which]
     scales = [norms[i] for i in which if norms[i] is not None]

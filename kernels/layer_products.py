@@ -18,8 +18,11 @@ from kernels.reference import BACKENDS, Mask
 MOST_ROWS = 8
 """Columns of the hardware's product, which reads weights once for all."""
 
-MEMORY = 231_000
-"""Bytes of shared memory that a thread block of a Hopper GPU may have, but for its barriers."""
+MEMORY = 227 * 1024
+"""Bytes of shared memory that a thread block of a Hopper GPU may have."""
+
+ALIGNED = 1024
+"""Bytes that each array there takes a multiple of."""
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +93,7 @@ def layer_step(
     Raises:
         ValueError: as `layer_products`.
     """
-    if backend is None and step_refusal(qkv, x, cached, weights):
+    if step_backend_of(qkv, x, cached, weights, backend) == "xla":
         return reference_step(qkv, x, cached, weights, mask, eps)
     return _step_kernel(mask, eps, backend is not None, interpret)(qkv, x, cached, weights)
 
@@ -116,20 +119,29 @@ def normed(x: Float[Array, "rows hidden"], scale: Float[Array, "hidden"], eps: f
     return wide.astype(x.dtype)
 
 
-def backend_of(attended, x, weights: Weights, asked: str | None = None) -> str:
-    """What runs the operation for these on the device at hand.
+def step_backend_of(qkv, x, cached: Cached, weights: Weights, asked: str | None = None) -> str:
+    """What runs a whole layer of these on the device at hand.
 
     Raises:
         ValueError: for a backend that there is not.
     """
-    if asked not in (None, *BACKENDS):
-        raise ValueError(f"layer_products: `backend` must be one of {', '.join(BACKENDS)} or None, got {asked!r}")
-    if asked is not None:
-        return asked
+    if _named(asked):
+        return str(asked)
+    return "mosaic" if dispatch.hopper() and not step_refusal(qkv, x, cached, weights) else "xla"
+
+
+def backend_of(attended, x, weights: Weights, asked: str | None = None) -> str:
+    """What runs a layer's products of these on the device at hand.
+
+    Raises:
+        ValueError: for a backend that there is not.
+    """
+    if _named(asked):
+        return str(asked)
     if x.shape[0] > MOST_ROWS or not dispatch.hopper():
         return "xla"
     if why := refusal(attended, x, weights):
-        dispatch.warn("a layer's products", why)
+        dispatch.warn("a layer's products are", why)
         return "xla"
     return "mosaic"
 
@@ -139,6 +151,8 @@ def refusal(attended, x, weights: Weights) -> str | None:
     arrays = (attended, x, weights.out, weights.gate_up, weights.down, weights.following)
     if other := sorted({str(y.dtype) for y in arrays} - {"bfloat16"}):
         return f"expected bfloat16 throughout, got {', '.join(other)}"
+    if other := sorted({str(y.dtype) for y in (weights.mlp_norm, weights.following_norm)} - {"float32"}):
+        return f"expected norms in float32, got {', '.join(other)}"
     rows = x.shape[0]
     if not 1 <= rows <= MOST_ROWS:
         return f"expected 1 to {MOST_ROWS} rows, got {rows}"
@@ -158,6 +172,12 @@ def step_refusal(qkv, x, cached: Cached, weights: Weights) -> str | None:
     return refusal(attended, x, weights)
 
 
+def _named(asked: str | None) -> bool:
+    if asked not in (None, *BACKENDS):
+        raise ValueError(f"layer_products: `backend` must be one of {', '.join(BACKENDS)} or None, got {asked!r}")
+    return asked is not None
+
+
 def sizes(weights: Weights) -> list[int]:
     """Inputs of the four products."""
     return [x.shape[1] for x in (weights.out, weights.gate_up, weights.down, weights.following)]
@@ -170,7 +190,8 @@ def chunk(inputs: int, most: int = 1024) -> int:
 
 def depth(inputs: list[int], rows: int) -> int:
     """Stages of weights, 16 outputs each, that fit into shared memory beside the rows."""
-    kept = rows * (2 * (max(inputs) + 32) + 4 * 8 * 33)
+    arrays = rows * 2 * (max(inputs) + 32), rows * 4 * 8 * 33
+    kept = sum(-(-size // ALIGNED) for size in arrays) * ALIGNED + 2 * ALIGNED  # barriers, and where all begins
     return min((MEMORY - kept) // (2 * 16 * max(chunk(size) for size in inputs)), 8)
 
 

@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kernels.decode_parts import EIGHT, LOG2E, clear, full, other_dtypes, seen
-from kernels.reference import ROWS, Mask, Partial
+from kernels.decode_parts import LOG2E, clear, full, other_dtypes, seen
+from kernels.reference import EIGHT, ROWS, Mask, Partial
 from kernels.tuned import tuned
 
 PAIR = 2 * ROWS

@@ -29,6 +29,9 @@ FEW = TILE * 4 * BLOCK
 ROWS = 64
 """Queries that one matrix instruction of a Hopper GPU takes: up to as many there are few."""
 
+EIGHT = 8
+"""Rows of a tile as a Hopper GPU lays it in shared memory: slots come in eights."""
+
 BACKENDS = ("mosaic", "xla")
 """`mosaic` is Pallas for Hopper GPUs, `xla` the reference as XLA compiles it."""
 

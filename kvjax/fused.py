@@ -4,32 +4,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import dispatch
 from kernels.layer_attention import Cached
 from kernels.layer_products import MOST_ROWS, Weights, layer_products, layer_step, refusal, step_refusal
 from kvjax.block import Block, Norm, attended
-from kvjax.cache.base import Attends
-from kvjax.cache.placing import Placing
+from kvjax.cache.base import Attends, Cache
+from kvjax.cache.dense import DenseLayer
+from kvjax.cache.ring import RingLayer
 from kvjax.config import ModelConfig
 from kvjax.product import product
 from kvjax.rope import angles
 
+if TYPE_CHECKING:
+    from kvjax.model import Transformer
+
 Params = Any
+
+WHOLE = (DenseLayer, RingLayer)
+"""Layers whose attention the kernel does as they do; a layer made from one of them may not."""
 
 
 def fusible(blocks: list[Block], params: Params, x: Float[Array, "batch width hidden"]) -> bool:
     """Whether the kernel runs these layers, and the head, on the device at hand. One warning says why it does not."""
-    asked = blocks[0].accelerate
-    if asked.layers == "xla" or asked.mesh is not None or x.shape[0] * x.shape[1] > MOST_ROWS or not dispatch.hopper():
+    if not _asked(blocks[0], x):
         return False
-    why = _other(blocks[0].config) or next(filter(None, (_refusal(x, each) for each in _weights(params))), None)
-    if why:
-        dispatch.warn("a layer's products", why)
+    if why := _refusal(blocks[0], params, x):
+        dispatch.warn("a layer's products are", why)
     return not why
 
 
@@ -43,13 +49,38 @@ def fused(
 ) -> tuple[list[Float[Array, "batch width hidden"]], Float[Array, "batch width vocab"], list[Attends | None]]:
     """What each layer gives, the head's product with the last of it, normed, and the layers' caches."""
     first = params["layers"][0]
-    qkv = product(_normed(blocks[0].config, first["attention_norm"], x), first["qkv"]["kernel"])
+    qkv = product(_normed(blocks[0].config, first["attention_norm"], x), first["qkv"]["kernel"].astype(x.dtype))
     states, kept = [], []
     for block, own, weights, layer in zip(blocks, params["layers"], _weights(params), layers, strict=True):
         x, qkv, layer = _layer(block, own, weights, qkv, x, positions, valid, layer)
         states.append(x)
         kept.append(layer)
     return states, qkv, kept
+
+
+def wholly_fused(model: Transformer, params: Params, cache: Cache) -> tuple[bool, ...]:
+    """Of each layer, whether a decode step's attention to it is part of its kernel, on the device at hand.
+
+    Args:
+        params, cache: or the shapes of their arrays.
+    """
+    c, batch, dtype = model.config, cache.batch, model.precision.compute
+    x, at, valid = (
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in (((batch, 1, c.hidden), dtype), ((batch, 1), "int32"), ((batch, 1), "bool"))
+    )
+    blocks = [Block(c, model.precision, window, model.accelerate, parent=None) for window in c.windows]
+    if not _asked(blocks[0], x) or _refusal(blocks[0], params, x):
+        return (False,) * c.layers
+    opened = jax.eval_shape(lambda cache: cache.opened(jnp.ones(batch, jnp.int32))[0], cache)
+    qkv = jax.ShapeDtypeStruct((batch, (c.heads + 2 * c.kv_heads) * c.head_dim), dtype)
+    rows = jax.ShapeDtypeStruct((batch, c.hidden), dtype)
+
+    def whole(block: Block, weights: Weights, layer: Attends) -> bool:
+        cached = jax.eval_shape(lambda *args: _placed(block, *args)[1], layer, at, valid)
+        return cached is not None and not step_refusal(qkv, rows, cached, weights)
+
+    return tuple(whole(*each) for each in zip(blocks, _weights(params), opened.layers, strict=True))
 
 
 @partial(jax.jit, static_argnames="block")
@@ -72,10 +103,11 @@ def _layer(block: Block, own: Params, weights: Weights, qkv, x, positions, valid
 
 def _placed(block: Block, layer: Attends | None, positions, valid) -> tuple[Any, Cached | None]:
     """Where a new token goes and what it meets, if attention to that may be part of the layer's kernel."""
-    c = block.config
+    c, asked = block.config, block.accelerate
     turned = c.rope is not None and c.rope.rotary_dim in (None, c.head_dim) and not c.qk_norm
-    one = isinstance(layer, Placing) and positions.shape[1] == 1
-    if not (one and turned) or block.accelerate.attention == "xla" or block.accelerate.layers == "products":
+    if not isinstance(layer, DenseLayer | RingLayer) or type(layer) not in WHOLE or not turned:
+        return None, None
+    if positions.shape[1] != 1 or asked.attention == "xla" or asked.layers == "products":
         return None, None
     place = layer.place(positions, valid, block.mask)
     cos, sin = (part[:, 0] for part in angles(positions, c.rope, c.head_dim))
@@ -99,6 +131,25 @@ def _weights(params: Params) -> list[Weights]:
     ]
 
 
+def _asked(block: Block, x) -> bool:
+    """Whether these might be for the kernel at all."""
+    asked = block.accelerate
+    few = x.shape[0] * x.shape[1] <= MOST_ROWS
+    return few and asked.layers != "xla" and asked.mesh is None and dispatch.hopper()
+
+
+def _refusal(block: Block, params: Params, x) -> str | None:
+    """Why the kernel does not take a model, or rows like `x`; None if it does."""
+    if why := _other(block.config):
+        return why
+    rows = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
+    for weights in _weights(params):
+        out = jax.ShapeDtypeStruct((rows.shape[0], weights.out.shape[1]), x.dtype)
+        if why := refusal(out, rows, weights):
+            return why
+    return None
+
+
 def _other(c: ModelConfig) -> str | None:
     """What a model has that the kernel does not."""
     if c.norm != "rms" or not c.gated or c.activation != "silu":
@@ -106,9 +157,3 @@ def _other(c: ModelConfig) -> str | None:
     if c.post_norms or c.out_bias or c.mlp_bias:
         return "expected no norm and no bias after a layer's products"
     return None
-
-
-def _refusal(x, weights: Weights) -> str | None:
-    rows = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
-    out = jax.ShapeDtypeStruct((rows.shape[0], weights.out.shape[1]), x.dtype)
-    return refusal(out, rows, weights)

@@ -67,11 +67,15 @@ def test_the_numbers_are_those_of_layers_one_by_one(changed, width):
 @NEEDED
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(("chosen", "batch", "kernels"), [(None, 2, 3), (None, 9, 0), ("xla", 2, 0)])
-def test_a_step_has_a_kernel_a_layer(chosen, batch, kernels):
-    model, params = build(chosen, windows=(None, None, None))
+def test_a_step_has_a_kernel_a_layer_and_writes_in_place(chosen, batch, kernels):
+    model, params = build(chosen, windows=(None, None, None), head_dim=64)
     cache = Dense().init(model, batch=batch, capacity=32)
     step = kvjax.decode_step.trace(model, params, cache, jnp.zeros(batch, jnp.int32))
-    assert step.lower(lowering_platforms=("cuda",)).as_text().count("call @_layer") == kernels
+    text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("call @_layer") == kernels
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert len(calls) == (2 if kernels else 0)  # the last layer's has the head, the others are one function
+    assert all(line.count("#stablehlo.output_operand_alias<") == 2 for line in calls)
 
 
 @NEEDED

@@ -1,6 +1,6 @@
 """Where programs run: on which devices, what these can do, what work needs at least, which sizes are fastest."""
 
-from kvjax.accelerate.balance import Balance, Linear, Loads, Placed, imbalance
+from kvjax.accelerate.balance import Balance, LinearCost, Loads, Placed, imbalance
 from kvjax.accelerate.facts import Facts, facts, stored_facts
 from kvjax.accelerate.layout import Layout, layout_of
 from kvjax.accelerate.nvml import Gpu, Gpus, Memory, gpus, memory
@@ -20,7 +20,7 @@ __all__ = [
     "Gpus",
     "Kernel",
     "Layout",
-    "Linear",
+    "LinearCost",
     "Loads",
     "Memory",
     "Operation",

@@ -19,7 +19,7 @@ Cost = Callable[[int, int, int], float]
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearCost:
     """Time in prompt tokens: of those taken in, of new ones, and of the context that each new one reads.
 
     The defaults are those of an 8B model in bfloat16 on an H200 by its arithmetic and bandwidth, at 64 rows: 27 µs a
@@ -79,7 +79,7 @@ class Balance:
     block: int
     capacity: int
     policy: Policy[Any] = Lru()
-    cost: Cost = Linear()
+    cost: Cost = LinearCost()
     expected: int = 256
     locality: float = 1.0
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.decode_parts import EIGHT
+from kernels.reference import EIGHT
 from kvjax.cache.attention import Mask, append, attend, by_head, merge, write
 from kvjax.cache.dense import DenseLayer
 from kvjax.mesh import CONTEXT
@@ -40,6 +40,9 @@ class ContextLayer(DenseLayer):
     @property
     def limit(self) -> int:
         return self.most
+
+    def place(self, positions, valid, mask: Mask):
+        raise NotImplementedError("ContextLayer: a token's place is its device's alone; call `attend`")
 
     def attend(self, q, k, v, positions, valid, mask: Mask):
         start = positions[:, 0]

@@ -78,7 +78,7 @@ def facts(device: jax.Device | None = None, *, folder: Path | None = None, again
         folder: None means `devices` in kvjax's cache folder.
         again: measure even if it is stored.
     """
-    device = jax.devices()[0] if device is None else device
+    device = jax.local_devices()[0] if device is None else device
     path = facts_file(device, folder)
     if not again and path.exists():
         try:
@@ -100,7 +100,7 @@ def stored_facts(device: jax.Device | None = None, *, folder: Path | None = None
         None if nothing is stored, or what is stored cannot be used.
     """
     try:
-        return read_facts(facts_file(jax.devices()[0] if device is None else device, folder))
+        return read_facts(facts_file(jax.local_devices()[0] if device is None else device, folder))
     except (OSError, ValueError):
         return None
 

@@ -91,7 +91,7 @@ def gpus() -> Gpus:
 
 def memory(device: jax.Device | None = None) -> Memory | None:
     """JAX's own count of a device's memory, its first device's if None; None where it keeps none, as on a CPU."""
-    stats = (jax.devices()[0] if device is None else device).memory_stats()
+    stats = (jax.local_devices()[0] if device is None else device).memory_stats()
     if not stats:
         return None
     return Memory(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -56,8 +57,10 @@ def shard_params(params: Params, model: Transformer, mesh: Mesh) -> Params:
         ValueError: for a model whose heads or MLP the mesh cannot share evenly.
     """
     layout_of(mesh).check(model.config)
-    sharding = param_shardings(model, mesh)
-    return jax.tree.map(jax.device_put, _reordered(params, model.config, mesh.shape[HEADS], back=False), sharding)
+    order = _ordering(model.config, mesh.shape[HEADS])
+    return jax.tree.map_with_path(  # one after the other: no second copy of all
+        lambda path, x, sharding: jax.device_put(order(path, x), sharding), params, param_shardings(model, mesh)
+    )
 
 
 def gather_params(params: Params, model: Transformer) -> Params:
@@ -71,11 +74,15 @@ def gather_params(params: Params, model: Transformer) -> Params:
     mesh = model.accelerate.mesh
     if mesh is None:
         raise ValueError("gather_params: `model` must be the one that `shard` gave, but it has no mesh")
-    return _reordered(jax.device_get(params), model.config, mesh.shape[HEADS], back=True)
+    order = _ordering(model.config, mesh.shape[HEADS], back=True)
+    return jax.tree.map_with_path(lambda path, x: order(path, _host(x)), params)
 
 
 def param_shardings(model: Transformer, mesh: Mesh) -> Any:
-    """Where each parameter lies, as a tree like the parameters: to make or restore them there at once."""
+    """Where each parameter lies, as a tree like the parameters: to make them there at once.
+
+    Fused kernels are in another order there (`fused_order`): what was saved goes through `shard_params`.
+    """
 
     def of(path, leaf):
         spec = next((spec for end, spec in RULES.items() if _ends(path, end)), WHOLE)
@@ -97,7 +104,8 @@ def fused_order(sizes: tuple[int, ...], shards: int) -> Int[np.ndarray, "outputs
     return np.concatenate(parts, axis=1).reshape(-1)
 
 
-def _reordered(params: Params, c: ModelConfig, shards: int, *, back: bool) -> Params:
+def _ordering(c: ModelConfig, shards: int, *, back: bool = False):
+    """From a parameter's path and its array to the array in the order of devices; `back`, in a model's own."""
     kv = c.kv_heads * c.head_dim
     orders = {
         "qkv": fused_order((c.heads * c.head_dim, kv, kv), shards),
@@ -108,10 +116,16 @@ def _reordered(params: Params, c: ModelConfig, shards: int, *, back: bool) -> Pa
         name = next((name for name in orders if _names(path)[-2:-1] == [name]), None)
         if name is None or shards == 1:
             return leaf
-        order = np.argsort(orders[name]) if back else orders[name]
-        return leaf[order]
+        return leaf[np.argsort(orders[name]) if back else orders[name]]
 
-    return jax.tree.map_with_path(of, params)
+    return of
+
+
+def _host(x) -> np.ndarray:
+    """A whole array, also one that lies on devices of several processes, each of which then has it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return jax.device_get(x)
 
 
 def _names(path) -> list[Any]:

@@ -79,7 +79,11 @@ class ShardedLayer:
         return self._on_each(local, given, (BY_HEAD, BY_HEAD))(self.layer, q, k, v, positions, valid, path)
 
     def held(self, length: Int[Array, "batch"]) -> Int[Array, "rows slots"]:
-        return self.whole().held(length)
+        layer = outlined(self.layer)
+        if not isinstance(layer, DenseLayer):
+            return self.whole().held(length)
+        nth = jnp.arange(layer.limit, dtype=jnp.int32)[None]  # keys and values stay where they are
+        return jnp.where(nth < jnp.minimum(length, layer.length)[:, None], nth, -1)
 
     def tokens(self) -> tuple[Float[Array, "rows slots head_dim"], Float[Array, "rows slots head_dim"]]:
         return self.whole().tokens()

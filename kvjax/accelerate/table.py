@@ -9,7 +9,6 @@ from typing import Any
 
 from kernels import tuned
 from kvjax.accelerate.storage import change_json
-from kvjax.paths import cache_dir
 
 KEY = ("operation", "exact", "sizes")
 """What says which shape a row is for."""
@@ -18,14 +17,9 @@ SHIPPED = tuned.SHIPPED
 """The folder of tables that come with the package."""
 
 
-def user_folder() -> Path:
-    """Where a user's own tables are, which win over those that come with the package."""
-    return cache_dir() / "tuned"
-
-
 def table_file(device: str, folder: Path | None = None) -> Path:
     """A device's table in a folder, the user's own if None."""
-    return (user_folder() if folder is None else folder) / tuned.file_name(device)
+    return (tuned.user_folder() if folder is None else folder) / tuned.file_name(device)
 
 
 def table(device: str, folder: Path | None = None) -> tuple[dict[str, Any], ...]:

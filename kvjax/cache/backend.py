@@ -34,8 +34,8 @@ def backends(cache: Cache, model: Transformer | None = None) -> tuple[str, ...]:
     """
     if _platform() not in ("gpu", "cuda"):
         return ("xla",) * len(cache.layers)
-    settings = None if model is None else (model.precision.compute, model.accelerate.attention)
     leaves, tree = jax.tree.flatten(cache)
+    settings: Any = model  # hashable, as every Flax module is
     return _backends(tree, tuple((x.shape, x.dtype) for x in leaves), settings)
 
 
@@ -46,13 +46,18 @@ def _platform() -> str:
 
 
 @lru_cache(maxsize=64)
-def _backends(tree: Any, shapes: tuple, settings: Settings | None) -> tuple[str, ...]:
+def _backends(tree: Any, shapes: tuple, model: Transformer | None) -> tuple[str, ...]:
     """Of a cache of this structure, and arrays of these shapes and dtypes."""
     cache = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*each) for each in shapes])
+    settings = None if model is None else (model.precision.compute, model.accelerate.attention)
+    whole = (False,) * len(cache.layers) if model is None else _wholly_fused(model, cache)
     opened = jax.eval_shape(lambda cache: cache.opened(jnp.ones(cache.batch, jnp.int32))[0], cache)
     known: dict[Any, str] = {}
     found = []
-    for layer, window in zip(opened.layers, cache.config.windows, strict=True):
+    for layer, window, fused in zip(opened.layers, cache.config.windows, whole, strict=True):
+        if fused:
+            found.append("mosaic")
+            continue
         leaves, kind = jax.tree.flatten(layer)
         alike = kind, window, tuple((x.shape, x.dtype) for x in leaves)
         if alike not in known:
@@ -60,6 +65,13 @@ def _backends(tree: Any, shapes: tuple, settings: Settings | None) -> tuple[str,
             known[alike] = "mosaic" if has_kernel(program) else "xla"
         found.append(known[alike])
     return tuple(found)
+
+
+def _wholly_fused(model: Transformer, cache: Cache) -> tuple[bool, ...]:
+    from kvjax.fused import wholly_fused
+    from kvjax.model import param_shapes
+
+    return wholly_fused(model, param_shapes(model), cache)
 
 
 def traced(

@@ -208,7 +208,7 @@ def _accelerate(measure: bool) -> dict:
     from kvjax.accelerate.device import device_name
     from kvjax.accelerate.table import SHIPPED
 
-    name, seen = device_name(jax.devices()[0]), gpus()
+    name, seen = device_name(jax.local_devices()[0]), gpus()
     known = facts(again=True) if measure else stored_facts()
     return {
         "facts": None if known is None else asdict(known),

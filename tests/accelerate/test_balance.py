@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.prefix_trace import find, read
-from kvjax.accelerate import Balance, Linear, imbalance
+from kvjax.accelerate import Balance, LinearCost, imbalance
 from kvjax.cache.prefix import Access
 
 BLOCK, POOL = 512, 20_000
@@ -77,10 +77,10 @@ def test_finished_requests_wait_no_more():
 
 
 def test_the_default_cost_counts_what_is_new_and_what_is_read():
-    assert Linear(1.0, 3.0, 0.0)(100, 40, 10) == 60 + 30
-    assert Linear(0.0, 1.0, 0.5)(100, 99, 10) == 10 + 0.5 * (10 * 100 + 10 * 5)
+    assert LinearCost(1.0, 3.0, 0.0)(100, 40, 10) == 60 + 30
+    assert LinearCost(0.0, 1.0, 0.5)(100, 99, 10) == 10 + 0.5 * (10 * 100 + 10 * 5)
     waits = balance(1, expected=7)
-    assert replace(waits, cost=Linear(0.0, 1.0, 0.0)).place(waits.init(), Access((1,), 0.0, 5))[0].cost == 7
+    assert replace(waits, cost=LinearCost(0.0, 1.0, 0.0)).place(waits.init(), Access((1,), 0.0, 5))[0].cost == 7
 
 
 @cache

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kernels import tuned
-from kvjax.accelerate.table import find_row, keep_row, table, table_file, user_folder
+from kvjax.accelerate.table import find_row, keep_row, table, table_file
+from kvjax.paths import cache_dir
 
 
 def row(slots, us=1.0, operation="decode"):
@@ -70,5 +71,5 @@ def test_kernels_look_where_tables_are_written(monkeypatch, settings, platform):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.platform", platform)
-    assert tuned.user_folder() == user_folder()
+    assert tuned.user_folder() == cache_dir() / "tuned"
     assert isinstance(tuned.SHIPPED, Path) and tuned.SHIPPED.name == "tuned"

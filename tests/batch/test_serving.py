@@ -123,7 +123,7 @@ def test_what_guesses_cost_is_measured_while_requests_are_served(monkeypatch):
     requests = [replace(r, max_new=MAX_NEW) for r in several(2, 24) if not r.sampling.stop_strings]  # another program
     draft = drafts()["lookup"]
     with Compiles() as compiles:
-        results, after = served(opened(draft=draft, steps=8), requests)
+        results, after = served(opened(draft=draft, steps=7), requests)
     right(results, requests)
     all_free(after)
     assert compiles.of("advance") == 1

@@ -79,3 +79,13 @@ def test_the_field_is_part_of_the_program_and_no_array():
     figures = jax.jit(stats)(Dense().init(model, batch=3, capacity=40))
     assert figures.backend == ("xla", "xla") and len(jax.tree.leaves(figures)) == 6
     assert jax.tree.map(lambda x: x, figures).backend == ("xla", "xla")
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels are traced with JAX 0.11.2 and later")
+def test_a_layer_that_is_one_kernel_has_its_attention_there(hopper):
+    config = replace(CONFIG, vocab=64, intermediate=64)
+    model = kvjax.Transformer(config, kvjax.Precision(*("bfloat16",) * 3))
+    cache = Dense().init(model, batch=2, capacity=64)  # too few slots for a kernel of their own
+    assert backends(cache, model) == ("mosaic", "mosaic")
+    apart = model.clone(accelerate=kvjax.Acceleration(layers="products"))
+    assert backends(cache, apart) == backends(cache) == ("xla", "xla")
