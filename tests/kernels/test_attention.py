@@ -153,7 +153,7 @@ def test_the_kernel_itself_is_batched_and_derived(name):
 def test_a_model_says_what_its_layers_run(strategy, chosen, ours):
     small, _ = tiny()
     model = kvjax.Transformer(
-        replace(small.config, head_dim=32), Precision(*("bfloat16",) * 3), accelerate=Acceleration(chosen)
+        replace(small.config, head_dim=32), Precision(*("bfloat16",) * 3), accelerate=Acceleration(chosen, "xla")
     )
     params = kvjax.init_params(model, jax.random.key(0))
     cache = strategy.init(model, batch=1, capacity=512)
