@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -56,19 +54,11 @@ def results_folder() -> Path:
 
 def write(result: dict, folder: Path | None = None) -> Path:
     """Write the result as NAME.json, whole or not at all."""
+    from kvjax.accelerate.storage import write_json
+
     folder = results_folder() if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     target = folder / f"{result['name']}.json"
-    handle, scratch = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    write_json(target, result)
     return target
 
 

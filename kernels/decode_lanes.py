@@ -94,6 +94,11 @@ def pair_op(name: str, *args: Value) -> Value:
     return asm(f"{name}.bf16x2 $0, {', '.join(f'${i + 1}' for i in range(len(args)))};", *args)
 
 
+def packed(high: Value, low: Value) -> Value:
+    """Two numbers as bfloat16, in one word."""
+    return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low, result=ir.IntegerType.get_signless(32))
+
+
 def product(acc: list[Value], a: list[Value], b: list[Value]) -> list[Value]:
     """`acc + a @ b` of one `m16n8k16`."""
     f = ir.F32Type.get()

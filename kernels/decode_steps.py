@@ -152,9 +152,7 @@ def _weights(shape: Shape, logits, tokens, scales, offsets, state: list[Value]):
 
 def transposed(high: Value, low: Value) -> Value:
     """Two queries of a token a thread, as two tokens of a query: what one product gives, as the next one takes it."""
-    i32_ = ir.IntegerType.get_signless(32)
-    pair = asm("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low, result=i32_)
-    return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", pair, together=True)
+    return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", lanes.packed(high, low), together=True)
 
 
 def value_chunks(shape: Shape, at: Lane) -> list[Value]:

@@ -19,7 +19,6 @@ from kernels.decode_lanes import (
     Value,
     across,
     add,
-    asm,
     f32,
     i32,
     load,
@@ -142,7 +141,7 @@ def _queries(sight: Sight, at: Lane, head: Value, qkv, cos, sin) -> list[list[Va
             a, b = pair(pieces[p][word]), pair(pieces[p + half][word])
             low, high = (_turned(a[i], b[i], c[2 * word + i], s[2 * word + i]) for i in range(2))
             for to, i in ((p, 0), (p + half, 1)):
-                found[to].append(_packed(high[i], low[i]))
+                found[to].append(lanes.packed(high[i], low[i]))
     return found
 
 
@@ -209,10 +208,6 @@ def _turned(a: Value, b: Value, cos: Value, sin: Value) -> tuple[Value, Value]:
     """A pair of channels by an angle."""
     first = arith.subf(arith.mulf(a, cos), arith.mulf(b, sin))
     return first, arith.addf(arith.mulf(b, cos), arith.mulf(a, sin))
-
-
-def _packed(high: Value, low: Value) -> Value:
-    return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low, result=ir.IntegerType.get_signless(32))
 
 
 def _wide(base: Value, index: Value) -> Value:

@@ -93,7 +93,7 @@ def _launch(
     eps: float,
     workers: int,
     interpret: Any,
-    seen: tuple[Sight, Any] | None = None,
+    seen: Seen | None = None,
 ):
     """Results of the products `which`, each from the one before and the first from `source`.
 

@@ -262,7 +262,7 @@ def _normed(sizes: Sizes, phase: Phase, words, rows: range, sums: Value, scale):
         for i, four in enumerate(some):
             pairs = [[arith.mulf(arith.mulf(x, by), scale[i][2 * j + k]) for k, x in enumerate(pair(word))]
                      for j, word in enumerate(four)]  # fmt: skip
-            found[-1].append([asm("cvt.rn.bf16x2.f32 $0, $1, $2;", b, a, result=_i32()) for a, b in pairs])
+            found[-1].append([lanes.packed(b, a) for a, b in pairs])
     return found
 
 

@@ -14,10 +14,10 @@ from kvjax import Acceleration, Precision, Transformer, fused
 from kvjax.cache import Dense, Quantized, Ring
 from kvjax.levels import ACCELERATIONS
 from kvjax.model import with_hidden
+from tests.kernels.marks import interpreted
 from tests.tiny import tiny
 
 BFLOAT16 = Precision(*("bfloat16",) * 3)
-NEEDED = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels came with JAX 0.11.2")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def run(model, params, width, strategy, capacity=32):
     return first, *jax.jit(with_hidden, static_argnums=0)(model, params, tokens[:, 8 : 8 + width], None, cache)
 
 
-@NEEDED
+@interpreted
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
     ("changed", "width"),
@@ -67,7 +67,7 @@ def test_the_numbers_are_those_of_layers_one_by_one(changed, width):
     jax.tree.map(close, got, want)
 
 
-@NEEDED
+@interpreted
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(("chosen", "batch", "kernels"), [(None, 2, 3), (None, 9, 0), ("xla", 2, 0)])
 def test_a_step_has_a_kernel_a_layer_and_writes_in_place(chosen, batch, kernels):
@@ -81,7 +81,7 @@ def test_a_step_has_a_kernel_a_layer_and_writes_in_place(chosen, batch, kernels)
     assert all(line.count("#stablehlo.output_operand_alias<") == 2 for line in calls)
 
 
-@NEEDED
+@interpreted
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
     ("strategy", "chosen", "changed", "whole"),
@@ -110,7 +110,7 @@ def test_attention_is_part_of_the_kernel_where_it_can_be(strategy, chosen, chang
     assert bool(steps) == whole
 
 
-@NEEDED
+@interpreted
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
     ("changed", "why"),
@@ -135,7 +135,7 @@ def test_other_models_run_with_one_warning(changed, why):
         kvjax.forward(model, params, jnp.zeros((1, 3), jnp.int32))
 
 
-@NEEDED
+@interpreted
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(("level", "kernels"), [("basic", 0), ("advanced", 1), ("expert", 2), ("master", 1)])
 def test_levels_of_acceleration_have_their_kernels_a_layer(level, kernels):

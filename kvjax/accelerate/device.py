@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import re
 from pathlib import Path
 
 import jax
@@ -22,11 +21,6 @@ def device_name(device: jax.Device) -> str:
     if device.platform != "cpu":
         return device.device_kind
     return f"{cpu_model()}, {cores()} cores"
-
-
-def slug(name: str) -> str:
-    """A device's name as a file's: `slug("NVIDIA H200")` is "nvidia_h200"."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def cpu_model() -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import jax
 
-from kvjax.accelerate.device import cache_bytes, device_name, memory_bytes, slug
+from kernels.tuned import file_name
+from kvjax.accelerate.device import cache_bytes, device_name, memory_bytes
 from kvjax.accelerate.rates import FORMS, bandwidth, call_seconds, launch_seconds, product_rate
 from kvjax.accelerate.storage import write_json
 from kvjax.paths import cache_dir
@@ -108,7 +109,7 @@ def stored_facts(device: jax.Device | None = None, *, folder: Path | None = None
 def facts_file(device: jax.Device, folder: Path | None = None) -> Path:
     """Where what is known of a device is kept."""
     folder = cache_dir() / "devices" if folder is None else folder
-    return folder / f"{slug(device_name(device))}.json"
+    return folder / file_name(device_name(device))
 
 
 def read_facts(path: Path) -> Facts:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from kvjax.cache.attention import Mask
 from kvjax.cache.base import Cache
-from kvjax.config import ModelConfig
+from kvjax.config import Acceleration, ModelConfig, Precision
 
 if TYPE_CHECKING:
     from kvjax.model import Transformer
@@ -82,10 +81,11 @@ def traced(
     Args:
         settings: dtype of the queries and the backend asked for; None for the layer's own dtype and no backend.
     """
+    from kvjax.block import Block
+
     c = config
-    scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
     dtype, asked = (_dtype(layer), None) if settings is None else settings
-    mask = Mask(scale, window, softcap=c.attention_softcap, backend=asked)
+    mask = Block(c, Precision(), window, Acceleration(attention=asked), parent=None).mask
     q, kv = (jax.ShapeDtypeStruct((batch, 1, heads, c.head_dim), dtype) for heads in (c.heads, c.kv_heads))
     at, valid = (jax.ShapeDtypeStruct((batch, 1), kind) for kind in (jnp.int32, jnp.bool_))
     step = jax.make_jaxpr(lambda layer, q, k, v, at, valid: layer.attend(q, k, v, at, valid, mask))

@@ -8,7 +8,8 @@ import pytest
 
 from kernels import tuned
 from kvjax.accelerate import device as module
-from kvjax.accelerate.device import cache_bytes, cores, device_name, memory_bytes, slug
+from kvjax.accelerate.device import cache_bytes, cores, device_name, memory_bytes
+from kvjax.accelerate.facts import facts_file
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # devices are made up here
 
@@ -18,11 +19,13 @@ GPU = SimpleNamespace(
 
 
 def test_names():
-    assert device_name(GPU) == "NVIDIA H200" and slug("NVIDIA H200") == "nvidia_h200"
+    assert device_name(GPU) == "NVIDIA H200" and tuned.file_name("NVIDIA H200") == "nvidia_h200.json"
     cpu = jax.devices("cpu")[0]
     assert device_name(cpu).endswith(f", {cores()} cores")
-    for name in ("NVIDIA H200", "AMD EPYC 9B14, 2 cores", "x (y)"):
-        assert tuned.file_name(name) == slug(name) + ".json"
+    assert tuned.file_name("AMD EPYC 9B14, 2 cores") == "amd_epyc_9b14_2_cores.json"
+    assert tuned.file_name("x (y)") == "x_y.json"
+    for device in (GPU, cpu):
+        assert facts_file(device).name == tuned.file_name(device_name(device))
 
 
 def test_memory_is_what_jax_may_allocate_or_the_machines():

@@ -10,6 +10,7 @@ import kvjax
 from kernels import dispatch
 from kvjax.cache import Dense, Paged, Quantized, Ring, backend, stats
 from kvjax.cache.backend import backends, has_kernel, traced
+from tests.kernels.marks import interpreted
 from tests.strategies import CACHES
 from tests.tiny import tiny
 
@@ -37,7 +38,7 @@ def test_on_a_cpu_it_is_xla(name):
     assert jax.eval_shape(stats, cache).backend == stats(cache, model).backend == ("xla", "xla")
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels are traced with JAX 0.11.2 and later")
+@interpreted
 def test_on_a_hopper_gpu_it_is_our_kernel_where_it_suits(hopper):
     model = kvjax.Transformer(CONFIG, BFLOAT16)
     dense = Dense().init(model, batch=2, capacity=1024)
@@ -49,7 +50,7 @@ def test_on_a_hopper_gpu_it_is_our_kernel_where_it_suits(hopper):
     assert backends(ring) == ("mosaic", "mosaic")
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels are traced with JAX 0.11.2 and later")
+@interpreted
 def test_a_model_that_computes_in_float32_is_left_to_xla(hopper):
     model = kvjax.Transformer(CONFIG, kvjax.Precision(cache="bfloat16"))
     dispatch._told.clear()
@@ -81,7 +82,7 @@ def test_the_field_is_part_of_the_program_and_no_array():
     assert jax.tree.map(lambda x: x, figures).backend == ("xla", "xla")
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="our kernels are traced with JAX 0.11.2 and later")
+@interpreted
 def test_a_layer_that_is_one_kernel_has_its_attention_there(hopper):
     config = replace(CONFIG, vocab=64, intermediate=64)
     model = kvjax.Transformer(config, kvjax.Precision(*("bfloat16",) * 3))

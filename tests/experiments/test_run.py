@@ -8,6 +8,7 @@ import pytest
 from experiments import run
 from experiments.registry import EXPERIMENTS
 from kvjax import cli
+from kvjax.accelerate import storage
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def test_record_writes_the_object_whole_or_not_at_all(toy, tmp_path, monkeypatch
     assert json.loads((folder / "small.json").read_text()) == json.loads(capsys.readouterr().out)
 
     before = (folder / "small.json").read_text()
-    monkeypatch.setattr(run.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(storage.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     assert cli.main(["experiment", toy, "--record"]) == 2
     assert (folder / "small.json").read_text() == before
     assert [path.name for path in folder.iterdir()] == ["small.json"]
